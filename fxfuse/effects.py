@@ -1,0 +1,170 @@
+"""Who writes what in place, and who may share memory with whom.
+
+Two values that may share storage are in one class. A write is harmless when every later reader
+of its class goes through the writer's own result (`x = relu_(x)`); the class of any other write
+is pinned: its members are read at the very place where the model reads them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from networkx.utils import UnionFind
+from torch import nn
+from torch.fx import Graph, Node
+
+from .capture import has_hooks
+from .dialect import Call
+
+_INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
+_INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
+_INPLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
+
+_FRESH_CALLS = {"conv", "conv_transpose", "linear", "batch_norm", "avg_pool", "add", "sub", "mul", "div", "neg"}
+_FRESH_CALLS |= {"cat", "pad", "flip", "index_select"}
+_FRESH_NAMES = set(
+    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid softmax log_softmax leaky_relu elu mish "
+    "softplus matmul bmm mm max_pool1d max_pool2d max_pool3d adaptive_avg_pool2d adaptive_max_pool2d layer_norm "
+    "group_norm mean sum amax amin exp sqrt rsqrt pow abs clone clamp interpolate einsum stack max min eq ne lt gt "
+    "scaled_dot_product_attention bool int float_power round floor ceil size dim getattr _assert".split()
+)
+_FRESH_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softmax,
+    nn.LeakyReLU, nn.ELU, nn.Mish, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LayerNorm, nn.GroupNorm,
+    nn.AdaptiveAvgPool2d, nn.Embedding, nn.Upsample,
+)  # fmt: skip
+
+
+class Effects:
+    """Alias classes and writes of one graph. Positions count nodes in execution order."""
+
+    def __init__(self, graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module]) -> None:
+        self.position = {n: i for i, n in enumerate(graph.nodes)}
+        self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in graph.nodes}
+        self.classes: UnionFind = UnionFind()
+        self.writes: dict[Node, list[Node]] = {}
+        for node in graph.nodes:
+            targets = _written(node, calls.get(node), modules)
+            if targets:
+                self.writes[node] = targets
+            fresh = bool(targets) or _fresh(node, calls.get(node), modules)
+            for source in targets if fresh else node.all_input_nodes:
+                self.classes.union(node, source)
+        self._members: dict[Node, list[Node]] = {}
+        if self.writes:
+            for node in graph.nodes:
+                self._members.setdefault(self.classes[node], []).append(node)
+
+    def forget(self, nodes: Iterable[Node]) -> None:
+        """Leave these writers out: the view has read them as something that is no write."""
+        for node in nodes:
+            self.writes.pop(node, None)
+
+    def written_attributes(self) -> set[str]:
+        """Paths of parameters and buffers that the forward itself may change."""
+        return {
+            str(n.target)
+            for targets in self.writes.values()
+            for t in targets
+            for n in self._members[self.classes[t]]
+            if n.op == "get_attr"
+        }
+
+    def private_write(self, writer: Node) -> bool:
+        """Whether nothing but the writer's result can see that `writer` wrote."""
+        at = self.position[writer]
+        for target in self.writes.get(writer, ()):
+            for member in self._members[self.classes[target]]:
+                if member.op in ("placeholder", "get_attr"):
+                    return False
+                if self.position[member] < at and self.last_use[member] > at:
+                    return False
+        return True
+
+    def written_between(self, value: Node, start: int, stop: int, inside: Iterable[Node]) -> Node | None:
+        """A node after `start` and before `stop`, not in `inside`, that may write `value`."""
+        if not self.writes:
+            return None
+        own, kind = set(inside), self.classes[value]
+        for writer, targets in self.writes.items():
+            if start < self.position[writer] < stop and writer not in own:
+                if any(self.classes[t] == kind for t in targets):
+                    return writer
+        return None
+
+
+def _written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> list[Node]:
+    """The tensors that `node` may write."""
+    out = node.kwargs.get("out")
+    if out is not None:
+        return [n for n in node.all_input_nodes if n is out or (isinstance(out, (tuple, list)) and n in out)]
+    if call is not None and call.inplace or _writes_first(node, modules):
+        first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        return [first] if isinstance(first, Node) else []
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        unknown = not type(module).__module__.startswith("torch.nn.modules")
+        if unknown or has_hooks(module) or "forward" in module.__dict__:
+            return node.all_input_nodes
+    return []
+
+
+def _writes_first(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+    if node.op != "call_function":
+        return False
+    if node.target in _INPLACE_OPERATORS:
+        return True
+    name = getattr(node.target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return bool(_inplace_argument(node))
+
+
+def _inplace_argument(node: Node) -> Any:
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"]
+    if getattr(node.target, "__module__", "") != "torch.nn.functional" or len(node.args) < 2:
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # builtins without a signature have no inplace argument
+        return False
+    index = names.index("inplace") if "inplace" in names else len(node.args)
+    return node.args[index] if index < len(node.args) else False
+
+
+def _fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the result certainly shares no memory with any argument."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if call is not None and call.op in _FRESH_CALLS:
+        return True
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) in _FRESH_MODULES and not has_hooks(module)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "getattr":
+        return len(node.args) > 1 and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+    return name in _FRESH_NAMES
+
+
+def shape_reader(node: Node) -> str | None:
+    """What a node asks of its input when it reads no data: "rank", "dtype", "shape" or None."""
+    if node.op == "call_function" and node.target is getattr:
+        asked = {"ndim": "rank", "dtype": "dtype", "device": "dtype", "is_cuda": "dtype", "shape": "shape"}
+        return asked.get(str(node.args[1]))
+    if node.op == "call_method":
+        asked = {"dim": "rank", "ndimension": "rank", "size": "shape", "is_floating_point": "dtype", "numel": "shape"}
+        return asked.get(str(node.target))
+    if node.op == "call_function" and node.target in (torch.is_floating_point, torch.numel):
+        return "shape" if node.target is torch.numel else "dtype"
+    return None

@@ -1,0 +1,250 @@
+"""What is certain about the shape of every value: bounds on its rank, and sizes of single axes.
+
+Nothing is assumed: a fact follows from the layers around the value (a BatchNorm2d only takes four
+dims, a conv2d three or four) or from example inputs. Each operation relates the facts of its inputs
+and its output; one pass forward, one back and one forward again carry them through the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from .constants import Apply, Attr
+from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
+
+_POOL_NAMES = {
+    f"{kind}{d}d": d
+    for d in (1, 2, 3)
+    for kind in ("max_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
+}
+_POOL_MODULES = {
+    getattr(nn, f"{kind}{d}d"): d
+    for d in (1, 2, 3)
+    for kind in ("MaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+}
+
+
+@dataclass(slots=True)
+class Fact:
+    """Bounds on the rank, and the size of axes counted from the end where it is known."""
+
+    low: int = 0
+    high: int = 99
+    axes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int | None:
+        return self.low if self.low == self.high else None
+
+    def at_least(self, low: int) -> None:
+        self.low = max(self.low, low)
+
+    def at_most(self, high: int) -> None:
+        self.high = min(self.high, high)
+
+    def axis(self, dim: Any) -> int | None:
+        """`dim` counted from the end, or None where the rank does not say."""
+        if not isinstance(dim, int):
+            return None
+        if dim < 0:
+            return dim
+        return dim - self.rank if self.rank is not None else None
+
+
+def same_rank(a: Fact, b: Fact) -> None:
+    a.low = b.low = max(a.low, b.low)
+    a.high = b.high = min(a.high, b.high)
+
+
+def same_shape(a: Fact, b: Fact) -> None:
+    same_rank(a, b)
+    if a.axes != b.axes:
+        a.axes.update(b.axes)
+        b.axes.update(a.axes)
+
+
+def infer(
+    graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module], shapes: Mapping[Node, torch.Size]
+) -> dict[Node, Fact]:
+    """Facts of every node; `shapes` (from example inputs) are taken as they are."""
+    facts = {n: Fact() for n in graph.nodes}
+    for node, shape in shapes.items():
+        facts[node] = _of_shape(tuple(shape))
+    nodes = list(graph.nodes)
+    for order in (nodes, nodes[::-1], nodes):
+        for node in order:
+            _relate(node, calls.get(node), facts, modules)
+    return facts
+
+
+def _of_shape(shape: tuple[int, ...]) -> Fact:
+    return Fact(len(shape), len(shape), {i - len(shape): int(n) for i, n in enumerate(shape)})
+
+
+def fact_of(value: Any, facts: Mapping[Node, Fact]) -> Fact | None:
+    """The fact of an argument: a node's, a constant's; None for a number."""
+    if isinstance(value, Node):
+        return facts[value]
+    return _of_shape(value.shape) if isinstance(value, (Attr, Apply)) else None
+
+
+def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Mapping[str, nn.Module]) -> None:
+    out = facts[node]
+    if call is None or call.op == "refused":
+        _relate_other(node, out, facts, modules)
+        return
+    source = call.args.get("input")
+    if call.op == "cat":
+        _relate_cat(call, out, facts)
+        return
+    if call.op in ("add", "sub", "mul", "div"):
+        _relate_broadcast(call, out, facts)
+        return
+    if not isinstance(source, Node):
+        return
+    x = facts[source]
+    if call.op in ("conv", "conv_transpose"):
+        _spatial(x, out, call.spatial or 0)
+        weight, groups = fact_of(call.args["weight"], facts), call.args["groups"]
+        if weight is not None and weight.rank is not None:
+            first, second = weight.axes.get(-weight.rank), weight.axes.get(1 - weight.rank)
+            if first and second and isinstance(groups, int):
+                pair = (second * groups, first) if call.op == "conv" else (first, second * groups)
+                axis = -(call.spatial or 0) - 1
+                x.axes[axis], out.axes[axis] = pair
+    elif call.op == "linear":
+        same_rank(x, out)
+        weight = fact_of(call.args["weight"], facts)
+        if weight is not None and {-1, -2} <= weight.axes.keys():
+            others = {a: n for f in (x, out) for a, n in f.axes.items() if a != -1}
+            x.axes.update(others | {-1: weight.axes[-1]})
+            out.axes.update(others | {-1: weight.axes[-2]})
+    elif call.op == "batch_norm":
+        x.at_least({2: 4, 3: 5}.get(call.spatial or 0, 2))
+        x.at_most({1: 3, 2: 4, 3: 5}.get(call.spatial or 0, 99))
+        same_shape(x, out)
+        mean = fact_of(call.args["running_mean"], facts)
+        if x.rank is not None and mean is not None and -1 in mean.axes:
+            x.axes[1 - x.rank] = out.axes[1 - x.rank] = mean.axes[-1]
+    elif call.op == "avg_pool":
+        _spatial(x, out, call.spatial or 0, channels=True)
+    elif call.op == "pad":
+        same_rank(x, out)
+        pad = call.args["pad"]
+        if isinstance(pad, (tuple, list)):
+            untouched = {a: n for f in (x, out) for a, n in f.axes.items() if a < -len(pad) // 2}
+            x.axes.update(untouched)
+            out.axes.update(untouched)
+    elif call.op in ("dropout", "identity", "neg", "channel_shuffle", "flip"):
+        same_shape(x, out)
+    elif call.op in ("narrow", "index_select"):
+        same_rank(x, out)
+    elif call.op == "flatten" and call.args["start_dim"] == 1 and call.args["end_dim"] == -1:
+        out.at_least(2)
+        out.at_most(2)
+    elif call.op == "getitem" and isinstance(source, Node):
+        if source.op in ("call_function", "call_method") and getattr(source.target, "__name__", source.target) in (
+            "chunk",
+            "split",
+        ):
+            tensor = source.args[0] if source.args else source.kwargs.get("input")
+            if isinstance(tensor, Node):
+                same_rank(facts[tensor], out)
+        elif isinstance(call.args["index"], tuple) and all(isinstance(i, slice) for i in call.args["index"]):
+            same_rank(x, out)
+
+
+def _spatial(x: Fact, out: Fact, spatial: int, channels: bool = False) -> None:
+    x.at_least(spatial + 1)
+    x.at_most(spatial + 2)
+    same_rank(x, out)
+    if channels:
+        axis = -spatial - 1
+        size = x.axes.get(axis, out.axes.get(axis))
+        if size is not None:
+            x.axes[axis] = out.axes[axis] = size
+
+
+def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
+    sides = [fact_of(call.args[n], facts) for n in ("input", "other")]
+    known = [f for f in sides if f is not None and f.high > 0]
+    if len(known) == 1 and len([f for f in sides if f is not None]) == 1:
+        same_shape(known[0], out)
+        return
+    if len(known) < 2:
+        return
+    out.at_least(max(f.low for f in known))
+    out.at_most(max(f.high for f in known))
+    for fact in known:
+        fact.at_most(out.high)
+    for axis in {a for f in known for a in f.axes}:
+        sizes = [f.axes.get(axis) for f in known]
+        wide = [s for s in sizes if s is not None and s != 1]
+        if wide:
+            out.axes[axis] = wide[0]
+        elif all(s == 1 for s in sizes):
+            out.axes[axis] = 1
+
+
+def _relate_cat(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
+    tensors = call.args["tensors"]
+    if not isinstance(tensors, (tuple, list)):
+        return
+    parts = [facts[t] for t in tensors if isinstance(t, Node)]
+    for part in parts:
+        same_rank(part, out)
+    for part in parts:
+        same_rank(part, out)
+    axis = out.axis(call.args["dim"])
+    if axis is not None and parts and len(parts) == len(tensors):
+        sizes = [p.axes.get(axis) for p in parts]
+        if all(s is not None for s in sizes):
+            out.axes[axis] = sum(s for s in sizes if s is not None)
+
+
+def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Mapping[str, nn.Module]) -> None:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return
+    x = facts[source]
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if isinstance(module, ELEMENTWISE_MODULES):
+            same_shape(x, out)
+        elif type(module) in _POOL_MODULES and not getattr(module, "return_indices", False):
+            _spatial(x, out, _POOL_MODULES[type(module)], channels=True)
+    elif node.op == "call_method":
+        name = str(node.target)
+        if name in ELEMENTWISE_METHODS:
+            same_shape(x, out)
+        elif name in ("view", "reshape", "permute"):
+            shape = node.args[1] if len(node.args) == 2 else node.args[1:]
+            if isinstance(shape, (tuple, list)) and (len(node.args) > 2 or not isinstance(shape, torch.Size)):
+                out.at_least(len(shape))
+                out.at_most(len(shape))
+    elif node.op == "call_function":
+        if node.target in ELEMENTWISE_FUNCTIONS:
+            same_shape(x, out)
+        elif (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
+            _spatial(x, out, _POOL_NAMES[name], channels=True)
+        elif name == "_assert":
+            _relate_assert(source, facts)
+
+
+def _relate_assert(condition: Node, facts: Mapping[Node, Fact]) -> None:
+    """`assert x.ndim == 4`, also spelled `x.dim() == 4`."""
+    if condition.target is not operator.eq or not isinstance(condition.args[1], int):
+        return
+    rank = condition.args[0]
+    if isinstance(rank, Node) and isinstance(rank.args[0], Node):
+        asks = (rank.target is getattr and rank.args[1] == "ndim") or rank.target in ("dim", "ndimension")
+        if asks:
+            facts[rank.args[0]].at_least(condition.args[1])
+            facts[rank.args[0]].at_most(condition.args[1])

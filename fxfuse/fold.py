@@ -1,0 +1,91 @@
+"""Constant folding of the view: which nodes depend on parameters and buffers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from .constants import Apply, Attr, evaluate, freeze
+from .effects import Effects
+
+_IMPURE = re.compile(
+    r"rand|dropout|bernoulli|normal|multinomial|poisson|exponential|uniform|cauchy|geometric|empty|item|numpy|"
+    r"tolist|data_ptr|backward|hook|retain_grad|share_memory|requires_grad|_assert|print|setattr|set_grad"
+)
+
+
+def find_constants(
+    graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], effects: Effects
+) -> dict[Node, Any]:
+    """Nodes whose value is fixed by the weights: an `Attr`, an `Apply` or a Python value.
+
+    Nothing is computed but shapes and dtypes, on the meta device. What is random, written in
+    place or not expressible on meta tensors is no constant.
+    """
+    written = effects.written_attributes() if effects.writes else set()
+    found: dict[Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            path = str(node.target)
+            tensor = extra[path] if path in extra else tensor_at(root, path)
+            if tensor is not None and path not in written:
+                found[node] = Attr(path, tuple(tensor.shape), tensor.dtype)
+        elif node.op in ("call_function", "call_method"):
+            inputs = node.all_input_nodes
+            if inputs and all(n in found for n in inputs) and _pure(node, effects):
+                value = _apply(node, found)
+                if value is not None:
+                    found[node] = value
+    return found
+
+
+def tensor_at(root: nn.Module, path: str) -> Tensor | None:
+    """The plain tensor `root` holds at `path`; None for anything else, tensor subclasses included."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or (
+        isinstance(value, Tensor) and type(value).__torch_function__ is torch._C._disabled_torch_function_impl
+    )
+    return value if plain else None
+
+
+def _pure(node: Node, effects: Effects) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node in effects.writes or _IMPURE.search(name):
+        return False
+    if name == "batch_norm":  # weight standardisation calls it without running statistics
+        return len(node.args) > 2 and node.args[1] is None and node.args[2] is None
+    module = getattr(node.target, "__module__", None) or "torch"
+    return node.op == "call_method" or module.split(".")[0] in ("torch", "_operator", "builtins", "math")
+
+
+def _apply(node: Node, found: Mapping[Node, Any]) -> Any:
+    def arg(value: Any) -> Any:
+        if isinstance(value, Node):
+            return found[value]
+        if isinstance(value, (list, tuple)):
+            return freeze([arg(v) for v in value]) if isinstance(value, list) else freeze(tuple(map(arg, value)))
+        return freeze(slice(arg(value.start), arg(value.stop), arg(value.step))) if isinstance(value, slice) else value
+
+    function = str(node.target) if node.op == "call_method" else node.target
+    draft = Apply(
+        function,  # type: ignore[arg-type]
+        tuple(arg(a) for a in node.args),
+        tuple((k, arg(v)) for k, v in node.kwargs.items()),
+        (),
+        torch.float32,
+    )
+    try:
+        result = evaluate(draft, lambda a: torch.empty(a.shape, dtype=a.dtype, device="meta"))
+        hash(draft)
+    except Exception:  # whatever cannot run without data is simply no constant
+        return None
+    if isinstance(result, Tensor):
+        return Apply(draft.function, draft.args, draft.kwargs, tuple(result.shape), result.dtype)
+    return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None

@@ -1,0 +1,435 @@
+"""The plan: which stretches of every chain become one operator, chosen by dynamic programming.
+
+On a chain, as in matrix-chain multiplication, every contiguous stretch that the patterns can
+collapse exactly is a candidate and the cheapest cover wins; on a join, every set of branches that
+can be merged. So a step that costs more alone is taken where it pays in the end. Costs compare as
+(forced patterns, cost, executed nodes), and what is only as good as the original is left alone.
+No weight is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import reduce
+from itertools import pairwise
+
+from torch.fx import Node
+
+from . import algebra
+from .cost import CostFunction
+from .pattern import Selection
+from .record import IDENTITY, Operator
+from .refusal import Refusal
+from .regions import Chain, Join, Step, find, part_nodes
+from .view import View
+
+WINDOW = 8  # convolutions in one stretch: longer exact chains have never been seen to pay
+EXACT = 6  # branches up to which every partition of a sum is tried
+
+Price = tuple[int, Fraction, int]
+FREE: Price = (0, Fraction(0), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse:
+    """A stretch that becomes one operator."""
+
+    op: Operator
+    parts: tuple[Step | Join, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A node that stays as it is."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Rejoin:
+    """A join that stays, over fewer or cheaper branches; `merged` where it must be emitted anew."""
+
+    join: Join
+    pieces: tuple[tuple[Segment, ...], ...]
+    merged: bool
+
+
+Segment = Fuse | Keep | Rejoin
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One chain and what becomes of it."""
+
+    source: Node
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites with something to fuse, and every refusal met on the way."""
+
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """The best known form of a part: segments and their price; `op` when it can be one operator."""
+
+    price: Price
+    segments: tuple[Segment, ...]
+    op: Operator | Refusal
+    notes: tuple[Refusal, ...] = ()
+
+
+@dataclass
+class Planner:
+    """Dynamic programming over the chains of one view."""
+
+    view: View
+    patterns: Selection
+    cost: CostFunction
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def run(self) -> Plan:
+        sites = []
+        for chain in find(self.view):
+            if refusal := self._overwritten(chain):
+                self.refusals.append(refusal)
+                continue
+            best = self._chain(chain, Fraction(1), set())
+            self.refusals.extend(best.notes)
+            if any(_changes(s) for s in best.segments):
+                sites.append(Site(chain.source, best.segments))
+        return Plan(tuple(sites), tuple(dict.fromkeys((*self.refusals, *self._refused_nodes()))))
+
+    def _overwritten(self, chain: Chain) -> Refusal | None:
+        effects = self.view.effects
+        if not effects.writes:
+            return None
+        nodes = [n for p in chain.parts for n in part_nodes(p)]
+        own = {*nodes, *(w for n in nodes for w in self.view.affine[n].extra)}
+        at = [effects.position[n] for n in nodes]
+        writer = effects.written_between(chain.source, min(at), max(at), own)
+        if writer is None:
+            return None
+        return Refusal(
+            "its input is overwritten in place before the last layer of the site has run",
+            where=nodes[-1].name,
+            detail=f"written by {writer.name}",
+            remedy="use the out-of-place form",
+        )
+
+    def _area(self, node: Node | None, before: Fraction, op: Operator) -> Fraction:
+        """Output positions of an operator: counted from known shapes, else relative to the entry."""
+        shape = self.view.shapes.get(node) if node is not None else None
+        if shape is not None and op.out_channels:
+            return Fraction(shape.numel(), op.out_channels)
+        return before * op.pixels
+
+    def _price(self, op: Operator, area: Fraction, executed: int = 1) -> Price:
+        forced = sum(name in self.patterns.forced for name in op.applied)
+        if op.kind == "identity":
+            return (0, Fraction(0), executed)
+        return (-forced, Fraction(self.cost(op, area)), executed)
+
+    def _chain(self, chain: Chain, area: Fraction, path: set[Node]) -> _Option:
+        """Best cover of the parts, and the operator of them all where there is one."""
+        options: list[_Option] = []
+        areas = [area]
+        for part in chain.parts:
+            option = self._part(part, areas[-1])
+            options.append(option)
+            areas.append(self._after(part, option, areas[-1]))
+        count = len(options)
+        best: list[tuple[Price, int, Fuse | None]] = [(FREE, 0, None)] * (count + 1)
+        for i in range(1, count + 1):
+            best[i] = (_plus((10**9, Fraction(0), 0), FREE), 0, None)
+        whole: Operator | Refusal = IDENTITY
+        for i in range(count):
+            here = best[i][0]
+            keep = _plus(here, options[i].price)
+            if keep < best[i + 1][0]:
+                best[i + 1] = (keep, i, None)
+            op = options[i].op
+            weighted = 0
+            for j in range(i, count):
+                if j > i:
+                    op = self._combine("chain", op, options[j].op)
+                if isinstance(op, Refusal):
+                    break
+                part_op = options[j].op
+                weighted += isinstance(part_op, Operator) and part_op.weighted
+                if weighted > WINDOW:
+                    op = Refusal("the chain is too long to be tried as one operator")
+                    break
+                fused = self._fusable(op, chain.parts[i : j + 1], areas[j + 1])
+                if fused is not None:
+                    total = _plus(here, fused[0])
+                    if total < best[j + 1][0]:
+                        best[j + 1] = (total, i, fused[1])
+            if i == 0:
+                whole = op
+        segments: list[Segment] = []
+        cuts, end = [], count
+        while end > 0:
+            _, start, fuse = best[end]
+            cuts.append((start, end))
+            segments[:0] = [fuse] if fuse is not None else options[start].segments
+            end = start
+        cuts.reverse()
+        notes = [n for (i, j) in cuts if j == i + 1 and best[j][2] is None for n in options[i].notes]
+        notes += self._chain_notes(chain, options, cuts, areas)
+        return _Option(best[count][0], tuple(segments), whole, tuple(notes))
+
+    def _after(self, part: Step | Join, option: _Option, before: Fraction) -> Fraction:
+        if isinstance(part, Step):
+            return self._area(part.node, before, part.op)
+        if isinstance(option.op, Operator):
+            return self._area(part.node, before, option.op)
+        step = next((p for b in part.branches for p in b.parts), None)
+        while isinstance(step, Join):
+            step = next((p for b in step.branches for p in b.parts), None)
+        shape = self.view.shapes.get(part.node)
+        if shape is not None and len(shape) > 1:
+            return Fraction(shape.numel(), shape[1])
+        return before if step is None else before * step.op.pixels
+
+    def _part(self, part: Step | Join, area: Fraction) -> _Option:
+        if isinstance(part, Step):
+            price = self._price(part.op, self._area(part.node, area, part.op), int(part.node is not None))
+            return _Option(price, (Keep(part),), part.op)
+        branches = [self._chain(b, area, set()) for b in part.branches]
+        return self._sum(part, branches, area) if part.kind == "sum" else self._concat(part, branches, area)
+
+    def _combine(self, relation: str, f: Operator | Refusal, g: Operator | Refusal) -> Operator | Refusal:
+        if isinstance(f, Refusal):
+            return f
+        return g if isinstance(g, Refusal) else self.patterns.combine(relation, f, g)
+
+    def _fusable(
+        self, op: Operator | Refusal, parts: Sequence[Step | Join], area: Fraction
+    ) -> tuple[Price, Fuse] | None:
+        """The price of running the parts as one operator; None where that is no change or impossible."""
+        if isinstance(op, Refusal):
+            return None
+        real = sum(not (isinstance(p, Step) and p.op.kind == "identity") for p in parts)
+        if real < 2 and not any(isinstance(p, Join) for p in parts):
+            return None
+        ready = algebra.finish(op)
+        if isinstance(ready, Refusal):
+            return None
+        op, executed = ready
+        return self._price(op, area, executed), Fuse(op, tuple(parts))
+
+    def _merge(self, kind: str, ops: Sequence[Operator | Refusal]) -> Operator | Refusal:
+        ranked = sorted(ops, key=_rank) if kind == "sum" else ops
+        return reduce(lambda f, g: self._combine(kind, f, g), ranked)
+
+    def _sum(self, join: Join, branches: list[_Option], area: Fraction) -> _Option:
+        """Cheapest partition of the branches into merged groups (exact up to EXACT branches)."""
+        after = self._after(join, _Option(FREE, (), self._merge("sum", [b.op for b in branches])), area)
+        groups = self._partition(branches, join, after)
+        return self._joined(join, branches, groups, after)
+
+    def _partition(self, branches: list[_Option], join: Join, area: Fraction) -> list[tuple[int, ...]]:
+        count = len(branches)
+        indices = tuple(range(count))
+        candidates: dict[tuple[int, ...], Price | None] = {}
+
+        def price(group: tuple[int, ...]) -> Price | None:
+            if len(group) == 1:
+                return branches[group[0]].price
+            if group not in candidates:
+                fused = self._group(join, branches, group, area)
+                candidates[group] = None if fused is None else fused[0]
+            return candidates[group]
+
+        if count > EXACT:
+            groups = [(i,) for i in indices]
+            return self._greedy(groups, price)
+        best: dict[tuple[int, ...], tuple[Price, list[tuple[int, ...]]]] = {(): (FREE, [])}
+
+        def solve(rest: tuple[int, ...]) -> tuple[Price, list[tuple[int, ...]]]:
+            if rest not in best:
+                found = None
+                first, others = rest[0], rest[1:]
+                for mask in range(1 << len(others)):
+                    group = (first, *(o for k, o in enumerate(others) if mask >> k & 1))
+                    if (alone := price(group)) is None:
+                        continue
+                    tail = solve(tuple(o for o in others if o not in group))
+                    total = _plus(_plus(alone, tail[0]), (0, Fraction(0), 1))
+                    if found is None or total < found[0]:
+                        found = (total, [group, *tail[1]])
+                assert found is not None  # every branch alone is a group
+                best[rest] = found
+            return best[rest]
+
+        return solve(indices)[1]
+
+    def _greedy(self, groups: list[tuple[int, ...]], price: object) -> list[tuple[int, ...]]:
+        """Merge into the first group that gets no dearer, branch by branch."""
+        assert callable(price)
+        merged: list[tuple[int, ...]] = []
+        for group in groups:
+            for k, other in enumerate(merged):
+                together = price(other + group)
+                if together is not None and together <= _plus(_plus(price(other), price(group)), (0, Fraction(0), 1)):
+                    merged[k] = other + group
+                    break
+            else:
+                merged.append(group)
+        return merged
+
+    def _group(
+        self, join: Join, branches: list[_Option], group: tuple[int, ...], area: Fraction
+    ) -> tuple[Price, Fuse] | None:
+        op = self._merge(join.kind, [branches[i].op for i in group])
+        part = replace(join, branches=tuple(join.branches[i] for i in group))
+        return self._fusable(op, [part], area)
+
+    def _concat(self, join: Join, branches: list[_Option], area: Fraction) -> _Option:
+        """Cheapest cut of the branches, whose order counts, into merged runs."""
+        count = len(branches)
+        after = self._after(join, _Option(FREE, (), branches[0].op), area)
+        best: list[tuple[Price, list[tuple[int, ...]]]] = [(FREE, [])]
+        for j in range(1, count + 1):
+            options = []
+            for i in range(max(0, j - EXACT), j):
+                group = tuple(range(i, j))
+                alone = branches[i].price if j == i + 1 else None
+                if j > i + 1 and (fused := self._group(join, branches, group, after)):
+                    alone = fused[0]
+                if alone is not None:
+                    options.append((_plus(_plus(best[i][0], alone), (0, Fraction(0), 1)), [*best[i][1], group]))
+            best.append(min(options, key=lambda o: o[0]))
+        return self._joined(join, branches, best[count][1], after)
+
+    def _joined(
+        self, join: Join, branches: list[_Option], groups: list[tuple[int, ...]], area: Fraction
+    ) -> _Option:
+        """The option of a join whose branches are merged by `groups`."""
+        whole = self._merge(join.kind, [b.op for b in branches])
+        if isinstance(whole, Operator) and join.spatial not in (None, whole.spatial):
+            whole = Refusal("the concatenated axis is not the channel axis of its inputs")
+            groups = [(i,) for i in range(len(branches))]
+        price, pieces, notes = FREE, [], list[Refusal]()
+        for group in groups:
+            fused = self._group(join, branches, group, area) if len(group) > 1 else None
+            if fused is not None:
+                price = _plus(price, fused[0])
+                pieces.append((fused[1],))
+            else:
+                price = _plus(price, branches[group[0]].price)
+                pieces.append(branches[group[0]].segments)
+                notes.extend(branches[group[0]].notes)
+        joins = len(groups) - 1 if join.kind == "sum" else int(len(groups) > 1)
+        price = _plus(price, (0, Fraction(0), joins))
+        if len(groups) > 1:
+            notes.extend(self._join_notes(join, branches, groups, whole, area))
+        if len(groups) == 1 and isinstance(pieces[0][0], Fuse):
+            return _Option(price, (replace(pieces[0][0], parts=(join,)),), whole, tuple(notes))
+        merged = len(groups) < len(branches)
+        return _Option(price, (Rejoin(join, tuple(pieces), merged),), whole, tuple(notes))
+
+    def _chain_notes(
+        self, chain: Chain, options: list[_Option], cuts: list[tuple[int, int]], areas: list[Fraction]
+    ) -> list[Refusal]:
+        """Why neighbouring stretches of the final cover stayed apart."""
+        notes = []
+        stretches = [reduce(lambda f, g: self._combine("chain", f, g), [o.op for o in options[i:j]]) for i, j in cuts]
+        for (left, right), (f, g) in zip(pairwise(cuts), pairwise(stretches), strict=True):
+            if isinstance(f, Refusal) or isinstance(g, Refusal):
+                continue
+            if not (f.weighted or g.weighted) or "identity" in (f.kind, g.kind):
+                continue
+            last = chain.parts[right[0]]
+            where = g.path or f.path or str(last.node)
+            both = self._combine("chain", f, g)
+            if isinstance(both, Operator):
+                refusal = self._dear(both, (f, areas[left[1]]), (g, areas[right[1]]), areas[right[1]])
+            else:
+                refusal = both
+            notes.append(refusal.at(where))
+        return notes
+
+    def _join_notes(
+        self,
+        join: Join,
+        branches: list[_Option],
+        groups: list[tuple[int, ...]],
+        whole: Operator | Refusal,
+        area: Fraction,
+    ) -> list[Refusal]:
+        if isinstance(whole, Refusal):
+            return [whole.at(str(join.node))]
+        singles = [self._merge(join.kind, [branches[i].op for i in g]) for g in groups]
+        ops = [(o, area) for o in singles if isinstance(o, Operator)]
+        if not any(o.weighted for o, _ in ops):
+            return []
+        return [self._dear(whole, *ops, area).at(ops[0][0].path or str(join.node))]
+
+    def _dear(self, both: Operator, *rest: tuple[Operator, Fraction] | Fraction) -> Refusal:
+        """The refusal of a merge that is exact but does not pay, with its two numbers."""
+        apart = [r for r in rest if isinstance(r, tuple)]
+        area = rest[-1]
+        assert isinstance(area, Fraction)
+        ready = algebra.finish(both)
+        pattern = both.applied[-1] if len(set(both.applied)) == 1 else ""
+        new = [a for a in both.applied if a not in [x for op, _ in apart for x in op.applied]]
+        pattern = new[0] if new else pattern
+        if isinstance(ready, Refusal):
+            return ready.by(pattern)
+        together = self._price(ready[0], area)[1]
+        before = sum((self._price(o, a)[1] for o, a in apart), Fraction(0))
+        unit = area if area else Fraction(1)
+        return Refusal(
+            "exact, but merged it would cost more",
+            detail=f"{_number(together / unit)} instead of {_number(before / unit)} per output position",
+            remedy=f'patterns=["{pattern}!"] merges it all the same' if pattern else "",
+            pattern=pattern,
+        )
+
+    def _refused_nodes(self) -> list[Refusal]:
+        """Refusals of the view, and batch norms and scales cut off from the layer before them."""
+        notes = list(self.view.refused.values())
+        for node, affine in self.view.affine.items():
+            if affine.kind != "unary" or affine.op.kind != "scale" or affine.op.law != "batch_norm":
+                continue
+            source = affine.inputs[0][0]
+            before = self.view.affine.get(source)
+            readers = self.view.data_users(source)
+            if before is None or before.kind != "unary" or not before.op.weighted or readers == [node]:
+                continue
+            others = ", ".join(u.name for u in readers if u is not node)
+            both = self._combine("chain", before.op, affine.op)
+            reason = both if isinstance(both, Refusal) else Refusal(
+                "the output of the layer before it is read elsewhere too",
+                detail=f"by {others}",
+                remedy="read the normalized tensor there instead",
+            )
+            notes.append(reason.at(affine.op.path))
+        return notes
+
+
+def _rank(op: Operator | Refusal) -> int:
+    kinds = ("conv", "pool", "pad", "select", "scale", "identity")
+    return kinds.index(op.kind) if isinstance(op, Operator) else -1
+
+
+def _plus(a: Price, b: Price) -> Price:
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
+
+
+def _number(value: Fraction) -> str:
+    return f"{float(value):,.6g}"
+
+
+def _changes(segment: Segment) -> bool:
+    if isinstance(segment, Rejoin):
+        return segment.merged or any(_changes(s) for p in segment.pieces for s in p)
+    return isinstance(segment, Fuse)

@@ -1,0 +1,330 @@
+"""The rewriter: the only place that changes a graph. It carries a plan out and keeps provenance."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from .algebra import needs_pad
+from .capture import HOOKS, Captured
+from .constants import Attr, model_values
+from .effects import shape_reader
+from .materialize import layer, sources, tensors
+from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site
+from .record import Operator
+from .refusal import Refusal
+from .regions import Join, part_nodes
+from .view import View
+
+GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one fused layer is computed: the submodule it lives in and its operator."""
+
+    target: str
+    op: Operator
+
+
+def drop_identities(captured: Captured) -> int:
+    """Take `nn.Identity` calls out of the graph; how many there were."""
+    modules = dict(captured.root.named_modules(remove_duplicate=False))
+    count = 0
+    for node in list(captured.graph.nodes):
+        if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity and len(node.args) == 1:
+            module = modules[str(node.target)]
+            if not any(getattr(module, h, None) for h in HOOKS) and "forward" not in module.__dict__:
+                node.replace_all_uses_with(node.args[0])
+                captured.graph.erase_node(node)
+                count += 1
+    return count
+
+
+class Rewriter:
+    """Applies a plan to the captured graph and builds the resulting GraphModule."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.graph: Graph = view.captured.graph
+        self.values = model_values(view.captured.root, view.captured.constants)
+        self.built: dict[Operator, nn.Module] = {}
+        self.names: dict[Operator, str] = {}
+        self.layers: dict[str, nn.Module] = {}
+        self.condemned: set[Node] = set()
+        self.guarded: set[tuple[Node, int]] = set()
+        self.taken = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
+
+    def apply(self, plan: Plan) -> tuple[Plan, tuple[Recipe, ...]]:
+        """Emit every site; returns the plan as carried out (sites whose weights failed left out)."""
+        done, failed = list[Site](), list(plan.refusals)
+        for site in plan.sites:
+            refusal = self._prepare(site)
+            if refusal is None:
+                done.append(site)
+            else:
+                failed.append(refusal)
+        self._release(done)
+        for site in done:
+            self._emit(site.source, site.segments)
+            self._redirect_readers(site)
+        self._sweep()
+        recipes = tuple(Recipe(name, op) for op, name in self.names.items())
+        return replace(plan, sites=tuple(done), refusals=tuple(dict.fromkeys(failed))), recipes
+
+    def _prepare(self, site: Site) -> Refusal | None:
+        """Compute the weights of a site before anything is changed."""
+        for op in fused_operators(site.segments):
+            if op in self.built:
+                continue
+            numbers = tensors(op, self.values)
+            if isinstance(numbers, Refusal):
+                return numbers.at(op.path)
+            grad = any(self._requires_grad(a) for a in sources(op))
+            self.built[op] = layer(op, *numbers, grad)
+        return None
+
+    def _requires_grad(self, attr: Attr) -> bool:
+        if attr.path in self.view.captured.constants:
+            return False
+        owner, _, name = attr.path.rpartition(".")
+        return bool(getattr(self.view.captured.root.get_submodule(owner), name).requires_grad)
+
+    def _release(self, sites: Iterable[Site]) -> None:
+        """Free the names of modules and attributes that only the fused sites use."""
+        fused = {n for s in sites for part in _fused_parts(s.segments) for n in part_nodes(part)}
+        kept = {str(n.target) for n in self.graph.nodes if n.op == "call_module" and n not in fused}
+        kept |= {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and not set(n.users) <= fused}
+        self.taken = kept
+
+    def _name(self, op: Operator) -> str:
+        """Path of the layer for `op`: that of the weight it replaces, made unique if still in use."""
+        if op not in self.names:
+            base = op.path or "fused"
+            name, count = base, 0
+            while any(name == t or t.startswith(name + ".") or name.startswith(t + ".") for t in self.taken):
+                count += 1
+                name = f"{base}_{count}"
+            self.names[op] = name
+            self.taken.add(name)
+            self.layers[name] = self.built[op]
+        return self.names[op]
+
+    def _emit(self, value: Node, segments: Iterable[Segment]) -> tuple[Node, float]:
+        """Emit segments on `value`; the node of the result and a coefficient left to its join."""
+        coefficient = 1.0
+        for segment in segments:
+            if isinstance(segment, Keep):
+                if segment.step.node is None:
+                    coefficient *= float(segment.step.op.const("factor"))
+                else:
+                    value = segment.step.node
+            elif isinstance(segment, Fuse):
+                exits = [n for p in segment.parts for n in _exits(p)]
+                new = self._layer_call(segment, value, exits[-1])
+                self._condemn(segment)
+                new.meta["fxfuse_exit"] = exits[-1].name
+                exits[-1].replace_all_uses_with(new)
+                value = new
+            else:
+                value = self._rejoin(segment, value)
+        return value, coefficient
+
+    def _rejoin(self, segment: Rejoin, source: Node) -> Node:
+        join = segment.join
+        results: list[tuple[Node, float]] = []
+        for piece in segment.pieces:
+            first = piece[0] if piece else None
+            if isinstance(first, Fuse) and len(piece) == 1 and first.parts and first.parts[0] is not join:
+                part = first.parts[0]
+                if isinstance(part, Join) and part.node is join.node:  # some of the branches, merged
+                    results.append((self._layer_call(first, source, join.node), 1.0))
+                    self._condemn(first)
+                    continue
+            results.append(self._emit(source, piece))
+        absorbed = any(_ends_in_coefficient(p) for p in segment.pieces)
+        if not segment.merged and not absorbed:
+            return join.node
+        with self.graph.inserting_before(join.node):
+            new = self._joined(join, results)
+        new.meta = dict(join.node.meta)
+        self.condemned.update(join.nodes)
+        join.node.replace_all_uses_with(new)
+        return new
+
+    def _joined(self, join: Join, results: list[tuple[Node, float]]) -> Node:
+        if join.kind == "concat":
+            axis = -(join.spatial or 0) - 1
+            return self.graph.call_function(torch.cat, ([n for n, _ in results], axis))
+        results = sorted(results, key=lambda r: r[1] != 1)
+        total, coefficient = results[0]
+        if coefficient != 1:
+            total = self.graph.call_function(torch.mul, (total, coefficient))
+        for node, coefficient in results[1:]:
+            kwargs = {} if coefficient == 1 else {"alpha": coefficient}
+            total = self.graph.call_function(torch.add, (total, node), kwargs)
+        return total
+
+    def _layer_call(self, fuse: Fuse, source: Node, before: Node) -> Node:
+        """Call the layer of a fused stretch on `source`, right before node `before`."""
+        op, nodes = fuse.op, [n for p in fuse.parts for n in part_nodes(p)]
+        name = self._name(op)
+        self._guard(source, nodes)
+        spatial = op.spatial or 0
+        with self.graph.inserting_before(before):
+            x = source
+            if op.reads is not None:
+                x = self.graph.call_function(torch.narrow, (x, -spatial - 1, op.reads[0], len(op.reads)))
+            if needs_pad(op):
+                amounts = [a for low, high in op.padding[::-1] for a in (low, high)]
+                mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
+                value = op.pad_value if mode == "constant" else None
+                x = self.graph.call_function(F.pad, (x, amounts, mode, value))
+            x = self.graph.call_module(name, (x,))
+        heaviest = next((n for n in nodes if n in self.view.affine and self.view.affine[n].op.path == op.path), nodes[-1])
+        x.meta = {k: heaviest.meta[k] for k in ("nn_module_stack", "stack_trace") if k in heaviest.meta}
+        x.meta["fxfuse"] = tuple(n.name for n in nodes)
+        return x
+
+    def _guard(self, source: Node, nodes: list[Node]) -> None:
+        """Check the rank a merge took for granted, once a tensor."""
+        ranks = {self.view.affine[n].assumes for n in nodes if n in self.view.affine} - {None}
+        for rank in sorted(r for r in ranks if r is not None):
+            if (source, rank) not in self.guarded:
+                self.guarded.add((source, rank))
+                with self.graph.inserting_after(source):
+                    message = GUARD.format(rank)
+                    check = self.graph.call_function(torch._assert, (source, message))
+                with self.graph.inserting_before(check):
+                    dims = self.graph.call_method("dim", (source,))
+                    check.args = (self.graph.call_function(operator.eq, (dims, rank)), message)
+
+    def _condemn(self, fuse: Fuse) -> None:
+        for part in fuse.parts:
+            for node in part_nodes(part):
+                self.condemned.add(node)
+                if node in self.view.affine:
+                    self.condemned.update(self.view.affine[node].extra)
+
+    def _redirect_readers(self, site: Site) -> None:
+        """Let those that ask a vanishing tensor for its rank or dtype ask the site's input."""
+        for node in [n for p in _fused_parts(site.segments) for n in part_nodes(p)]:
+            for user in list(node.users):
+                if shape_reader(user) in ("rank", "dtype"):
+                    user.replace_input_with(node, site.source)
+
+    def _sweep(self) -> None:
+        """Erase what the sites replaced, and what nobody reads because of it."""
+        asserted: set[Any] = set()
+        for node in list(self.graph.nodes):  # one check of a rank per tensor is enough
+            key = _rank_assert(node)
+            if key is not None:
+                if key in asserted:
+                    self.condemned.add(node)
+                asserted.add(key)
+        for node in reversed(list(self.graph.nodes)):
+            if node in self.condemned and not node.users:
+                inputs = node.all_input_nodes
+                self.graph.erase_node(node)
+                self.condemned.update(n for n in inputs if not n.users and self._pure(n))
+
+    def _pure(self, node: Node) -> bool:
+        if node.op == "get_attr" or node in self.view.constants or shape_reader(node):
+            return True
+        call = self.view.calls.get(node)
+        pure = call is not None and call.op in ("chunk", "split", "getitem") and node not in self.view.effects.writes
+        return pure or node.target is operator.eq
+
+    def build(self) -> GraphModule:
+        """The GraphModule: fused layers fresh, every other module and tensor copied."""
+        captured = self.view.captured
+        root, memo = captured.root, dict[int, Any]()
+        state: dict[str, Any] = {}
+        hidden: list[str] = []
+        for node in self.graph.nodes:
+            target = str(node.target)
+            if target in state or node.op not in ("call_module", "get_attr"):
+                continue
+            if target in self.layers:
+                state[target] = self.layers[target]
+            elif target in captured.constants:
+                state[target] = _copied(captured.constants[target], memo)
+            else:
+                owner, _, name = target.rpartition(".")
+                holder = root.get_submodule(owner)
+                state[target] = _copied(getattr(holder, name), memo)
+                if name in holder._non_persistent_buffers_set:
+                    hidden.append(target)
+        self.graph.owning_module = None
+        result = GraphModule(state, self.graph, type(root).__name__)
+        result.training = False
+        for module in result.modules():
+            if type(module) is nn.Module:  # the containers that GraphModule made for the paths
+                module.training = False
+        for target in hidden:
+            owner, _, name = target.rpartition(".")
+            result.get_submodule(owner)._non_persistent_buffers_set.add(name)
+        for name in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+            if getattr(root, name, None):
+                setattr(result, name, copy.copy(getattr(root, name)))
+        result.graph.lint()
+        return result
+
+
+def fused_operators(segments: Iterable[Segment]) -> list[Operator]:
+    """Operators of all fused stretches, in order."""
+    found = []
+    for segment in segments:
+        if isinstance(segment, Fuse):
+            found.append(segment.op)
+        elif isinstance(segment, Rejoin):
+            found += [op for piece in segment.pieces for op in fused_operators(piece)]
+    return found
+
+
+def _fused_parts(segments: Iterable[Segment]) -> list[Any]:
+    parts: list[Any] = []
+    for segment in segments:
+        if isinstance(segment, Fuse):
+            parts += segment.parts
+        elif isinstance(segment, Rejoin):
+            parts += [p for piece in segment.pieces for p in _fused_parts(piece)]
+    return parts
+
+
+def _exits(part: Any) -> list[Node]:
+    return [part.node] if part.node is not None else []
+
+
+def _ends_in_coefficient(piece: tuple[Segment, ...]) -> bool:
+    """Whether a coefficient of the join went into a fused layer of the branch."""
+    return any(isinstance(s, Fuse) and any(not _exits(p) for p in s.parts) for s in piece)
+
+
+def _rank_assert(node: Node) -> Any:
+    """(tensor, rank) of `_assert(x.ndim == rank)`; None for any other node."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "_assert":
+        return None
+    condition = node.args[0]
+    if not isinstance(condition, Node) or condition.target is not operator.eq:
+        return None
+    asked = condition.args[0]
+    if isinstance(asked, Node) and shape_reader(asked) == "rank" and isinstance(asked.args[0], Node):
+        return asked.args[0], condition.args[1]
+    return None
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
+        if id(value) not in memo:
+            memo[id(value)] = value.detach().clone()
+        return memo[id(value)]
+    return copy.deepcopy(value, memo)

@@ -1,0 +1,97 @@
+"""Verification on example inputs: outputs compared, and the first site that differs named."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+from .refusal import VerificationError
+from .shapes import run_copy
+
+# Relative to the largest output: far above the rounding of one fold, far below a wrong border.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def verify(model: nn.Module, fused: GraphModule, inputs: tuple[Any, ...], tolerance: float | None) -> float:
+    """Largest error of `fused` relative to the largest output of `model`.
+
+    Raises:
+        VerificationError: it is beyond the tolerance; the message names the first site that differs.
+    """
+    expected = run_copy(model, inputs)
+    actual = run_copy(fused, inputs)
+    left, right = tree_leaves(expected), tree_leaves(actual)
+    if len(left) != len(right):
+        raise VerificationError(f"{len(right)} outputs instead of {len(left)}")
+    worst = 0.0
+    for want, got in zip(left, right, strict=True):
+        if not isinstance(want, Tensor):
+            continue
+        if want.shape != got.shape or want.dtype != got.dtype:
+            raise VerificationError(
+                f"an output is {tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)} {want.dtype}"
+            )
+        error = relative_error(got, want)
+        allowed = TOLERANCE.get(want.dtype, 1e-3) if tolerance is None else tolerance
+        if not error <= allowed:
+            place = first_difference(model, fused, inputs, allowed)
+            raise VerificationError(f"outputs differ by {error:.1e} (allowed {allowed:.1e}); {place}")
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """max |got - want| / max |want|, infinite where only one of them is not finite."""
+    wide = torch.complex128 if want.is_complex() else torch.float64
+    a, b = got.detach().to(wide), want.detach().to(wide)
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if b.numel() == 0:
+        return 0.0
+    return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+class _Recorder(Interpreter):
+    """Keeps the tensors of the named nodes."""
+
+    def __init__(self, module: GraphModule, names: Sequence[str]) -> None:
+        super().__init__(module)
+        self.names, self.seen = set(names), dict[str, Tensor]()
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.names and isinstance(result, Tensor):
+            self.seen[n.name] = result.detach().clone()
+        return result
+
+
+def first_difference(model: nn.Module, fused: GraphModule, inputs: tuple[Any, ...], allowed: float) -> str:
+    """The first fused layer whose output differs from the value it stands for."""
+    from .capture import capture
+    from .rewrite import drop_identities
+
+    captured = capture(copy.deepcopy(model))
+    drop_identities(captured)
+    for name, tensor in captured.constants.items():
+        setattr(captured.root, name, tensor)
+    original = GraphModule(captured.root, captured.graph)
+    pairs = [(n.meta["fxfuse_exit"], n) for n in fused.graph.nodes if "fxfuse_exit" in n.meta]
+    before = _Recorder(original, [name for name, _ in pairs])
+    after = _Recorder(fused, [n.name for _, n in pairs])
+    with torch.no_grad():
+        before.run(*copy.deepcopy(inputs))
+        after.run(*copy.deepcopy(inputs))
+    for name, node in pairs:
+        if name in before.seen and node.name in after.seen:
+            error = relative_error(after.seen[node.name], before.seen[name])
+            if not error <= allowed:
+                return f"the first site that differs is {node.target} ({error:.1e})"
+    return "no single site differs that much: the errors add up along the model"

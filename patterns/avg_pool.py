@@ -1,0 +1,55 @@
+"""conv -> avg_pool => conv,  conv1(x) + avg_pool(x) => conv      the pool is a depthwise kernel of 1/k^2
+
+Exact where every window divides by the same count: no padding, or count_include_pad, no ceil_mode and no
+divisor_override (Diverse Branch Block, Ding et al. 2021, transform V). A pool alone stays a pool.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+
+
+class _PoolBeside(nn.Module):
+    def __init__(self, conv: nn.Module, pool: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.pool = conv, pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.pool(x)
+
+
+@register
+class AvgPool(Pattern):
+    name = "avg_pool"
+    law = "conv -> avg_pool => conv;  avg_pool -> conv => conv;  conv(x) + avg_pool(x) => conv"
+    relations = ("chain", "sum")
+    refused_when = "count_include_pad=False at a padded border, ceil_mode, divisor_override, or a dearer kernel"
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        if relation == "sum":
+            return "pool" in (f.kind, g.kind)
+        return "pool" in (f.kind, g.kind) and "identity" not in (f.kind, g.kind)
+
+    examples = (
+        Example(
+            "a pool beside a convolution",
+            lambda: _PoolBeside(nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(3, 1, 1)),
+            (2, 4, 6, 7),
+        ),
+        Example(
+            "3x3 then a 2x2 pool is one strided 4x4",
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(2)),
+            (2, 3, 8, 7),
+        ),
+        Example(
+            "a pool that pads without counting the padding",
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+            (2, 3, 8, 7),
+            reason="no convolution",
+        ),
+    )
+

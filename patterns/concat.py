@@ -1,0 +1,55 @@
+"""cat([conv1(x), conv2(x)], channels)  =>  conv      W' = [W1; W2],  b' = [b1; b2]
+
+Exact: an output channel depends on its own rows alone (Diverse Branch Block, Ding et al. 2021, transform
+IV). Smaller kernels are padded with zero taps. Where each branch reads a run of channels of its own
+(`chunk`, a convolution each, `cat`) the result is one grouped convolution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+
+
+class _Concat(nn.Module):
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
+class _Split(_Concat):
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        parts = x.chunk(len(self.branches), dim=1)
+        return torch.cat([branch(part) for branch, part in zip(self.branches, parts, strict=False)], dim=1)
+
+
+@register
+class Concat(Pattern):
+    name = "concat"
+    law = "cat(conv1(x), conv2(x)) => conv;  cat of convs of chunks => grouped conv"
+    relations = ("concat",)
+    refused_when = "strides or output sizes differ, the axis is not the channel axis, or padded kernels cost more"
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        return True
+
+    examples = (
+        Example("two 3x3 of one input", lambda: _Concat(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)), (2, 3, 6, 7)),
+        Example(
+            "split, transform, concatenate",
+            lambda: nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), _Split(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))),
+            (2, 6, 6, 7),
+        ),
+        Example(
+            "a 1x1 beside a 3x3",
+            lambda: _Concat(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)),
+            (2, 3, 6, 7),
+            reason="would cost more",
+        ),
+    )

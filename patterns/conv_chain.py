@@ -1,0 +1,60 @@
+"""conv1 -> conv2  =>  conv      W'[n,c,i*d1+j*d2*s1] = sum over m of W2[n,m,j] * W1[m,c,i],  b' = b2 + sum of W2 * b1
+
+Exact where the second layer does not pad, or where the first is pointwise in the padded dims and takes on
+zeros the value that the second pads with (no bias, or a padding with the bias: Diverse Branch Block, Ding et
+al. 2021, transform III). A constant padding, a run of channels and a permutation are such layers too.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+
+
+@register
+class ConvChain(Pattern):
+    name = "conv_chain"
+    law = "conv1 -> conv2 => conv;  pad -> conv => conv"
+    relations = ("chain",)
+    refused_when = (
+        "the second convolution pads what a biased or wide first one made (the border would differ), or the "
+        "product costs more than its factors (most chains do)"
+    )
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        kinds = {f.kind, g.kind}
+        if kinds & {"identity", "pool"} or kinds == {"scale"}:
+            return False
+        return kinds != {"scale", "conv"}
+
+    examples = (
+        Example(
+            "1x1 without bias before a padded 3x3 that halves the channels",
+            lambda: nn.Sequential(nn.Conv2d(2, 8, 1, bias=False), nn.Conv2d(8, 2, 3, padding=1)),
+            (2, 2, 7, 6),
+        ),
+        Example(
+            "two linear layers through a wide middle",
+            lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4)),
+            (3, 4),
+        ),
+        Example(
+            "zero padding before a convolution",
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ZeroPad2d(2), nn.Conv2d(3, 4, 5)),
+            (2, 3, 6, 7),
+        ),
+        Example(
+            "a 1x1 with bias before a padded 3x3",
+            lambda: nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 3, padding=1)),
+            (2, 2, 7, 6),
+            reason="not the bias of the first",
+        ),
+        Example(
+            "a pair that is cheaper apart",
+            lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 8, 1)),
+            (2, 8, 7, 6),
+            reason="would cost more",
+        ),
+    )

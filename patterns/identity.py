@@ -1,0 +1,56 @@
+"""conv(x) + x  =>  conv      W' = W + I
+
+Exact: the identity is the convolution whose kernel is 1 at the centre of each channel's own plane, and
+convolutions of one tensor add (RepVGG, Ding et al. 2021, section 3.3). A batch norm, a constant factor or
+a shift of x is the same with another diagonal. Dropout in eval mode is the identity in a chain.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+
+
+class _Residual(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.conv(x) + x
+
+
+@register
+class Identity(Pattern):
+    name = "identity"
+    law = "conv(x) + x => conv;  conv(x) + batch_norm(x) => conv;  conv -> dropout => conv"
+    relations = ("sum", "chain")
+    refused_when = "the convolution changes the size or the number of channels, or something non-linear lies between"
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        kinds = (f.kind, g.kind)
+        if relation == "chain":
+            return "identity" in kinds
+        return any(k in ("identity", "scale", "select", "pad") for k in kinds) and "pool" not in kinds
+
+    examples = (
+        Example("residual around a convolution", lambda: _Residual(nn.Conv2d(4, 4, 3, padding=1)), (2, 4, 6, 7)),
+        Example(
+            "residual around a grouped convolution and its batch norm",
+            lambda: _Residual(nn.Sequential(nn.Conv2d(4, 4, 5, padding=2, groups=2), nn.BatchNorm2d(4))),
+            (2, 4, 6, 7),
+        ),
+        Example(
+            "residual around a convolution without padding broadcasts",
+            lambda: _Residual(nn.Conv2d(1, 4, 1)),
+            (2, 1, 6, 7),
+            reason="channel counts",
+        ),
+        Example(
+            "dropout between a convolution and its batch norm",
+            lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.Dropout2d(), nn.BatchNorm2d(5)),
+            (2, 3, 4, 5),
+        ),
+    )
