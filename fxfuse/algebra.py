@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from . import values
 from .record import Ints, Operator
@@ -46,7 +47,8 @@ def compose(f: Operator, g: Operator) -> Result:
     source = f if f.transposed else g
     return _permuted(
         replace(
-            _parent("compose", (f, g)),
+            f,
+            **_made_of("compose", f, g),
             in_channels=f.in_channels,
             reads=f.reads,
             out_channels=g.out_channels,
@@ -73,9 +75,7 @@ def add(ops: Sequence[Operator]) -> Result:
     if len({o.reads for o in ops}) > 1:
         ops = [densify(o, 1, full=True) for o in ops]
     united = _unite_taps(ops)
-    if isinstance(united, Refusal):
-        return united
-    return replace(united, law="sum", groups=math.gcd(*(o.groups for o in ops)))
+    return united if isinstance(united, Refusal) else replace(united, groups=math.gcd(*(o.groups for o in ops)))
 
 
 def concat(ops: Sequence[Operator]) -> Result:
@@ -116,26 +116,23 @@ def densify(op: Operator, groups: int, full: bool = False) -> Operator:
     if op.groups == groups and (not full or op.reads is None):
         return op
     return replace(
-        _parent("dense", (op,), op), groups=groups, reads=None if full else op.reads, applied=op.applied
+        op, **_made_of("dense", op), groups=groups, reads=None if full else op.reads
     )
 
 
-def _parent(law: str, operands: tuple[Operator, ...], like: Operator | None = None) -> Operator:
-    """An operator made of `operands`; it goes by the path of the heaviest weight inside."""
+def _made_of(law: str, *operands: Operator) -> dict[str, Any]:
+    """The fields every combination shares; it goes by the path of the heaviest weight inside."""
     heaviest = max(operands, key=lambda o: (o.weighted, o.macs, bool(o.path)))
     kinds = [o.kind for o in operands]
-    kind = next((k for k in ("conv", "pool", "pad", "scale", "select") if k in kinds), "identity")
-    return replace(
-        like or operands[0],
-        law=law,
-        operands=operands,
-        consts=(),
-        kind=kind,
-        dtype=next((o.dtype for o in operands if o.dtype), None),
-        path=heaviest.path,
-        transposed=any(o.transposed for o in operands),
-        applied=tuple(sorted(a for o in operands for a in o.applied)),
-    )
+    return {
+        "law": law,
+        "operands": operands,
+        "consts": (),
+        "kind": next((k for k in ("conv", "pool", "pad", "scale", "select") if k in kinds), "identity"),
+        "dtype": next((o.dtype for o in operands if o.dtype), None),
+        "path": heaviest.path,
+        "transposed": any(o.transposed for o in operands),
+    }
 
 
 def _same_layout(f: Operator, g: Operator) -> tuple[Operator, Operator]:
@@ -244,8 +241,8 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
         reads, groups = f.reads or tuple(range(f.in_channels)), 1
     all_in_order = reads == tuple(range(f.in_channels))
     return replace(
-        _parent("rows", (f,), f),
-        consts=(("rows", rows),),
+        f,
+        **_made_of("rows", f) | {"consts": (("rows", rows),)},
         out_channels=len(rows),
         groups=groups,
         reads=None if all_in_order else reads,
@@ -311,7 +308,8 @@ def _unite_taps(ops: Sequence[Operator]) -> Result:
         if not same and tuple(padding) not in {o.padding for o in padders}:
             return Refusal(f"the union of the branches needs more {mode} padding than each of them")
     return replace(
-        _parent("sum", tuple(ops), first),
+        first,
+        **_made_of("sum", *ops),
         kernel=tuple(kernel),
         dilation=tuple(dilation),
         padding=tuple(padding),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from .constants import Apply, Attr, evaluate, freeze
+from .constants import Apply, Attr, freeze
 from .effects import Effects
 
 _IMPURE = re.compile(
@@ -24,11 +25,12 @@ def find_constants(
 ) -> dict[Node, Any]:
     """Nodes whose value is fixed by the weights: an `Attr`, an `Apply` or a Python value.
 
-    Nothing is computed but shapes and dtypes, on the meta device. What is random, written in
-    place or not expressible on meta tensors is no constant.
+    No weight is read: shapes and dtypes are found on stand-ins. What is random, written in place
+    or needs data to have a shape is no constant.
     """
     written = effects.written_attributes() if effects.writes else set()
     found: dict[Node, Any] = {}
+    samples: dict[Node, Any] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
             path = str(node.target)
@@ -38,7 +40,7 @@ def find_constants(
         elif node.op in ("call_function", "call_method"):
             inputs = node.all_input_nodes
             if inputs and all(n in found for n in inputs) and _pure(node, effects):
-                value = _apply(node, found)
+                value = _apply(node, found, samples)
                 if value is not None:
                     found[node] = value
     return found
@@ -65,27 +67,43 @@ def _pure(node: Node, effects: Effects) -> bool:
     return node.op == "call_method" or module.split(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
-def _apply(node: Node, found: Mapping[Node, Any]) -> Any:
-    def arg(value: Any) -> Any:
-        if isinstance(value, Node):
-            return found[value]
-        if isinstance(value, (list, tuple)):
-            return freeze([arg(v) for v in value]) if isinstance(value, list) else freeze(tuple(map(arg, value)))
-        return freeze(slice(arg(value.start), arg(value.stop), arg(value.step))) if isinstance(value, slice) else value
-
+def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> Any:
+    """The constant of a node whose inputs are constants; None where it has no fixed shape."""
     function = str(node.target) if node.op == "call_method" else node.target
-    draft = Apply(
-        function,  # type: ignore[arg-type]
-        tuple(arg(a) for a in node.args),
-        tuple((k, arg(v)) for k, v in node.kwargs.items()),
-        (),
-        torch.float32,
-    )
+    for source in node.all_input_nodes:
+        if source not in samples:
+            samples[source] = _sample(found[source])
+    args = torch.fx.map_arg(node.args, lambda n: samples[n])
+    kwargs = torch.fx.map_arg(node.kwargs, lambda n: samples[n])
     try:
-        result = evaluate(draft, lambda a: torch.empty(a.shape, dtype=a.dtype, device="meta"))
-        hash(draft)
+        if isinstance(function, str):
+            result = getattr(args[0], function)(*args[1:], **kwargs)
+        else:
+            result = function(*args, **kwargs)  # type: ignore[operator]
+        frozen = freeze(_replaced(node.args, found)).items
+        named = tuple((k, freeze(_replaced(v, found))) for k, v in node.kwargs.items())
+        hash((frozen, named))
     except Exception:  # whatever cannot run without data is simply no constant
         return None
+    samples[node] = result
     if isinstance(result, Tensor):
-        return Apply(draft.function, draft.args, draft.kwargs, tuple(result.shape), result.dtype)
+        return Apply(function, frozen, named, tuple(result.shape), result.dtype)  # type: ignore[arg-type]
     return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None
+
+
+def _sample(const: Any) -> Any:
+    """A stand-in of the same shape and dtype: real ones while small, else on the meta device."""
+    if not isinstance(const, (Attr, Apply)):
+        return const
+    small = math.prod(const.shape) <= 4096  # real arithmetic on so few is faster than meta's
+    return torch.ones(const.shape, dtype=const.dtype) if small else torch.empty(const.shape, dtype=const.dtype, device="meta")
+
+
+def _replaced(value: Any, found: Mapping[Node, Any]) -> Any:
+    if isinstance(value, Node):
+        return found[value]
+    if isinstance(value, (list, tuple)):
+        return type(value)([_replaced(v, found) for v in value])
+    if isinstance(value, slice):
+        return slice(*(_replaced(v, found) for v in (value.start, value.stop, value.step)))
+    return value

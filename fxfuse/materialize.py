@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .constants import Attr, Values, leaves
 from .record import Operator
 from .refusal import Refusal
-from .values import compute
+from .values import compute, rounded
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -27,8 +25,7 @@ def tensors(op: Operator, values: Values) -> tuple[Tensor, Tensor | None] | Refu
 
     Refused where a number of the result is not finite in that dtype.
     """
-    inputs = [values(a) for a in sources(op)]
-    device = next((t.device for t in inputs), torch.device("cpu"))
+    device = next((values(a).device for a in sources(op)), torch.device("cpu"))
     dtype = op.dtype or torch.float32
 
     def reachable(attr: Attr) -> Tensor:
@@ -36,30 +33,35 @@ def tensors(op: Operator, values: Values) -> tuple[Tensor, Tensor | None] | Refu
         return tensor.cpu() if tensor.device.type == "mps" else tensor  # which has no float64
 
     with torch.no_grad():
-        weight, bias = compute(op, reachable)
+        numbers = compute(op, reachable)
+        weight, bias = rounded(numbers, dtype), None
+        if op.bias:
+            bias = torch.zeros(op.out_channels, dtype=dtype) if numbers.bias is None else numbers.bias.to(dtype)
+        if weight is None or (bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all()):
+            return Refusal(
+                f"the merged weight has numbers that are not finite in {dtype}",
+                detail="overflow, or already there in the model",
+                remedy="fuse in a wider dtype and convert afterwards",
+            )
         if op.transposed:  # back to [C, N/g, *K]
             weight = weight.reshape(op.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-        weight = weight.to(dtype=dtype, device=device).contiguous()
-        if op.bias:
-            bias = weight.new_zeros(op.out_channels) if bias is None else bias.to(weight).contiguous()
-        else:
-            bias = None
-    if device.type != "meta":
-        for tensor in (weight, bias):
-            if tensor is not None and not torch.isfinite(tensor).all():
-                return Refusal(
-                    f"the merged weight has numbers that are not finite in {dtype}",
-                    detail="overflow, or already there in the model",
-                    remedy="fuse in a wider dtype and convert afterwards",
-                )
-    return weight, bias
+        return weight.contiguous().to(device), None if bias is None else bias.contiguous().to(device)
+
+
+def _uninitialized(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` without the random initial weights that would be overwritten at once."""
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+
+
+_BLANK = {c: _uninitialized(c) for c in (*_CONV.values(), *_CONV_TRANSPOSE.values(), nn.Linear)}
 
 
 def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Module:
     """The nn.Conv*, nn.ConvTranspose* or nn.Linear that executes `op`, in eval mode."""
     built: nn.Module
     if op.spatial == 0:
-        built = nn.Linear(op.in_channels, op.out_channels, bias is not None, device="meta")
+        cls: type[nn.Module] = nn.Linear
+        built = _BLANK[cls](op.in_channels, op.out_channels, bias is not None, device="meta")
     else:
         mode = op.padding_mode
         padding = tuple(low for low, _ in op.padding)
@@ -69,13 +71,12 @@ def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool
         fields = {"stride": op.stride, "padding": padding, "dilation": op.dilation, "groups": op.groups}
         fields |= {"output_padding": op.output_padding} if op.transposed else {"padding_mode": mode}
         cls = (_CONV_TRANSPOSE if op.transposed else _CONV)[op.spatial or 0]
-        built = cls(op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta")  # type: ignore[operator, arg-type]
+        built = _BLANK[cls](
+            op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta"
+        )
+    built.__class__ = cls
     built.weight = nn.Parameter(weight, requires_grad)
     if bias is not None:
         built.bias = nn.Parameter(bias, requires_grad)
     return built.eval()
 
-
-def size(op: Operator) -> int:
-    """Numbers stored by the layer of `op`."""
-    return op.out_channels * (op.input_width // op.groups) * math.prod(op.kernel) + op.bias * op.out_channels

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from .capture import Captured, capture
+from .capture import capture
 from .constants import model_values
 from .cost import CostFunction, cost_name, resolve
 from .materialize import tensors
@@ -77,7 +77,7 @@ def optimize(
         macs = round(before.macs - saved)
     else:
         macs = None
-    after = replace(_totals(fused.graph, fused, None), macs=macs)
+    after = replace(_totals(fused.graph, fused), macs=macs)
     error = None
     if verify and inputs is not None:
         error = compare(model, fused, inputs, None if verify is True else float(verify))
@@ -195,7 +195,7 @@ def _analyse(
     nodes = len(captured.graph.nodes)
     drop_identities(captured)
     view = look(captured, shapes)
-    totals = replace(_totals(captured.graph, model, view), nodes=nodes)
+    totals = replace(_totals(captured.graph, model), nodes=nodes, macs=_macs(view))
     return view, totals, _plan(view, selection, price)
 
 
@@ -215,30 +215,39 @@ def _stored(fused: nn.Module) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _totals(graph: Graph, model: nn.Module, view: View | None) -> Totals:
-    """Nodes, parameters, MACs (where shapes are known) and executed operations by kind."""
-    ops: Counter[str] = Counter()
-    macs: int | None = 0 if view is not None and view.shapes else None
-    view = look(Captured(graph, model), {}) if view is None else view
-    for node in graph.nodes:
-        affine, call = view.affine.get(node), view.calls.get(node)
-        if affine is not None and affine.kind == "unary" and affine.op.law == "conv":
-            op = affine.op
-            ops["linear" if op.spatial == 0 else "conv"] += 1
-            if macs is not None and node in view.shapes:
-                macs += view.shapes[node].numel() // op.out_channels * op.macs
-        elif call is not None and call.op != "refused":
-            ops[call.op] += 1
-        elif node.op in ("call_function", "call_method", "call_module"):
-            ops[_kind(node, model)] += 1
+def _totals(graph: Graph, model: nn.Module) -> Totals:
+    """Nodes, parameters and executed operations by kind."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = ("call_function", "call_method", "call_module")
+    ops = Counter(_kind(n, modules) for n in graph.nodes if n.op in calls)
     params = sum(p.numel() for p in model.parameters())
-    return Totals(len(graph.nodes), params, macs, dict(sorted(ops.items())))
+    return Totals(len(graph.nodes), params, None, dict(sorted(ops.items())))
 
 
-def _kind(node: Node, model: nn.Module) -> str:
+def _kind(node: Node, modules: dict[str, nn.Module]) -> str:
+    """One name for all spellings: conv for nn.Conv2d, F.conv2d and torch.conv1d alike."""
     if node.op == "call_module":
-        return type(model.get_submodule(str(node.target))).__name__
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        name = type(modules[str(node.target)]).__name__
+    else:
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    flat = name.strip("_").lower()
+    for kind in ("batchnorm", "batch_norm"):
+        if flat.startswith(kind):
+            return "batch_norm"
+    if flat.startswith("conv"):
+        return "conv"
+    return {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}.get(flat, flat)
+
+
+def _macs(view: View) -> int | None:
+    """Multiply-accumulates of all convolutions and linear layers, where shapes are known."""
+    if not view.shapes:
+        return None
+    return sum(
+        view.shapes[node].numel() // affine.op.out_channels * affine.op.macs
+        for node, affine in view.affine.items()
+        if affine.op.weighted and node in view.shapes
+    )
 
 
 def _fired(found: Plan, view: View, names: dict[Operator, str]) -> tuple[Fired, ...]:

@@ -7,7 +7,7 @@ A weight is [N, C/g, *K] with the output channels first, for transposed convolut
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,25 @@ from .constants import Const, Values, evaluate, probe_values
 from .record import Operator
 
 
+BLOCK = 1 << 19
+
+
 class Numbers(NamedTuple):
-    """Weight [N, C/g, *K] and bias [N] (None: no bias) in double precision."""
+    """Weight [N, C/g, *K] and bias [N] (None: no bias), in double precision but for one thing:
+
+    with `scale` [N] the weight is still as the model stores it, and row n is yet to be multiplied
+    by scale[n]. So a convolution and its batch norms cost one pass over the weight, not four.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    scale: Tensor | None = None
+
+    def plain(self) -> Numbers:
+        if self.scale is None:
+            return Numbers(double(self.weight), self.bias)
+        rows = self.scale.reshape(-1, *[1] * (self.weight.dim() - 1))
+        return Numbers(double(self.weight) * rows, self.bias)
 
 
 def compute(op: Operator, source: Values) -> Numbers:
@@ -30,10 +44,14 @@ def compute(op: Operator, source: Values) -> Numbers:
         return LEAVES[op.law](op, source)
     parts = [compute(o, source) for o in op.operands]
     if op.law == "compose":
-        return _compose(op, *op.operands, *parts)
+        f, g = op.operands
+        if g.groups == g.out_channels == f.out_channels and not any(k > 1 for k in g.kernel):
+            return _scaled(*parts)
+        return _compose(op, f, g, *parts)
+    parts = [p.plain() for p in parts]
     if op.law == "rows":
         rows = list(op.const("rows"))
-        weight, bias = parts[0]
+        weight, bias, _ = parts[0]
         return Numbers(weight[rows], None if bias is None else bias[rows])
     if op.law == "dense":
         inner = op.operands[0]
@@ -68,7 +86,7 @@ def _ones(op: Operator, width: int) -> Tensor:
 
 
 def _conv(op: Operator, source: Values) -> Numbers:
-    weight = double(evaluate(op.const("weight"), source))
+    weight = evaluate(op.const("weight"), source)
     bias = evaluate(op.const("bias"), source)
     if op.transposed:  # [C, N/g, *K] -> [N, C/g, *K], group by group
         g = op.groups
@@ -125,35 +143,69 @@ LEAVES = {
 }
 
 
-def _compose(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers) -> Numbers:
-    """W[n,c,i*d1+j*d2*s1] = sum over m of W2[n,m,j] * W1[m,c,i];  b = b2 + sum of W2 * b1."""
-    w1, w2 = one.weight.flatten(2) if op.spatial else one.weight[..., None], two.weight
-    w2 = w2.flatten(2) if op.spatial else w2[..., None]
-    w1, w2 = w1.to(torch.promote_types(w1.dtype, w2.dtype)), w2.to(torch.promote_types(w1.dtype, w2.dtype))
-    middle = f.out_channels
-    if g.groups == middle:  # each output of g reads one channel: rows are scaled, never multiplied out
-        row = torch.arange(g.out_channels) // (g.out_channels // middle)
-        product = w2[:, 0, :, None, None] * w1[row].transpose(1, 2)[:, None]  # n p q c
-        shift = None if one.bias is None else two.weight.flatten(1).sum(1) * one.bias[row]
-    else:
-        if f.groups == middle == f.input_width:  # f scales each channel: columns are scaled
-            local = w1.reshape(g.groups, 1, -1, w1.shape[-1])
-            grouped = w2.reshape(g.groups, -1, *w2.shape[1:])
-            product = torch.einsum("gnmp,gkmq->gnpqm", grouped, local).flatten(0, 1)
-        else:
-            a = _split(_dense(f, w1, op.groups), op.groups)
-            b = _split(_dense(g, w2, op.groups), op.groups)
-            product = torch.einsum("gnmp,gmcq->gnpqc", b, a).flatten(0, 1)
-        shift = None
-        if one.bias is not None:
-            summed = _split(two.weight.flatten(2).sum(2) if op.spatial else two.weight, g.groups)
-            shift = torch.einsum("gnm,gm->gn", summed, one.bias.reshape(g.groups, -1).to(summed.dtype)).flatten()
-    index = _chain_index(op, f, g).to(product.device)
-    weight = product.new_zeros(product.shape[0], math.prod(op.kernel), product.shape[-1])
-    weight.index_add_(1, index, product.flatten(1, 2))
-    weight = weight.transpose(1, 2).reshape(op.out_channels, -1, *op.kernel)
+def _scaled(one: Numbers, two: Numbers) -> Numbers:
+    """f followed by one factor and one shift a channel: only the pending scale and the bias change."""
+    factor = double(two.weight).flatten()
+    if two.scale is not None:
+        factor = factor * two.scale
+    shift = None if one.bias is None else one.bias * factor
     bias = two.bias if shift is None else shift if two.bias is None else shift + two.bias
-    return Numbers(weight, bias)
+    return Numbers(one.weight, bias, factor if one.scale is None else one.scale * factor)
+
+
+def _compose(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers) -> Numbers:
+    """W[n,c,i*d1+j*d2*s1] = sum over m of W2[n,m,j] * W1[m,c,i];  b = b2 + sum of W2 * b1.
+
+    Products are laid out [N, taps of g, taps of f, C]; a pending scale of g's rows stays pending.
+    """
+    w1, b1, _ = one.plain()
+    w1, w2 = _taps(op, w1), _taps(op, two.weight)
+    middle, count = f.out_channels, g.out_channels
+    if g.groups == middle:  # each output of g reads one channel: rows are scaled, never multiplied out
+        row = torch.arange(count, device=w1.device) // (count // middle)
+        taps = double(w2[:, 0])
+        product = taps[:, :, None, None] * w1[row].transpose(1, 2)[:, None]
+        shift = None if b1 is None else taps.sum(1) * b1[row]
+    elif f.groups == middle == f.input_width:  # f scales each channel: columns are scaled
+        local = w1.reshape(g.groups, 1, 1, -1, w1.shape[-1]).transpose(-1, -2)
+        grouped = double(_split(w2, g.groups)).transpose(-1, -2)
+        product = (grouped[:, :, :, None] * local[:, :, :, :]).flatten(0, 1)
+        shift = None
+        if b1 is not None:
+            shift = torch.bmm(grouped.sum(2), b1.reshape(g.groups, -1, 1)).flatten()
+    else:
+        a = _split(_dense(f, w1, op.groups), op.groups)
+        b = _split(_dense(g, w2, op.groups), op.groups).transpose(-1, -2)
+        b = torch.empty(b.shape, dtype=a.dtype, device=b.device).copy_(b)  # one pass: permuted and widened
+        columns = a.flatten(2)
+        if b1 is not None:  # the constant is one more input channel
+            columns = torch.cat([columns, b1.reshape(op.groups, -1, 1)], 2)
+        product = torch.bmm(b.flatten(1, 2), columns).reshape(count, b.shape[2], -1)
+        shift = None if b1 is None else product[..., -1].sum(1)
+        product = product[..., : a.shape[2] * a.shape[3]].unflatten(-1, a.shape[2:]).transpose(-1, -2)
+    if shift is not None and two.scale is not None:
+        shift = shift * two.scale
+    bias = two.bias if shift is None else shift if two.bias is None else shift + two.bias
+    return Numbers(_placed(op, f, g, product), bias, two.scale)
+
+
+def _taps(op: Operator, weight: Tensor) -> Tensor:
+    """[N, C/g, *K] as [N, C/g, taps]."""
+    return weight.flatten(2) if op.spatial else weight[..., None]
+
+
+def _placed(op: Operator, f: Operator, g: Operator, product: Tensor) -> Tensor:
+    """The taps of a product at their place in the kernel of `op`."""
+    taps = product.flatten(1, 2)
+    if all(1 in pair for pair in zip(f.kernel, g.kernel, strict=True)) and (
+        math.prod(f.kernel) == 1 or math.prod(g.kernel) == 1
+    ):
+        weight = taps
+    else:
+        index = _chain_index(op, f, g).to(product.device)
+        weight = taps.new_zeros(taps.shape[0], math.prod(op.kernel), taps.shape[-1])
+        weight.index_add_(1, index, taps)
+    return weight.reshape(op.out_channels, *op.kernel, -1).movedim(-1, 1)
 
 
 def _chain_index(op: Operator, f: Operator, g: Operator) -> Tensor:
@@ -161,8 +213,9 @@ def _chain_index(op: Operator, f: Operator, g: Operator) -> Tensor:
     index = torch.zeros(1, 1, dtype=torch.long)
     for d in range(op.spatial or 0):
         k1, k2 = f.kernel[d], g.kernel[d]
-        one = f.dilation[d] if k2 > 1 and k1 > 1 else op.dilation[d]
-        two = g.dilation[d] * f.stride[d] if k2 > 1 and k1 > 1 else op.dilation[d]
+        both = k1 > 1 and k2 > 1
+        one = f.dilation[d] if both else op.dilation[d]
+        two = g.dilation[d] * f.stride[d] if both else op.dilation[d]
         here = (torch.arange(k2)[:, None] * two + torch.arange(k1)[None] * one) // op.dilation[d]
         index = index[:, None, :, None] * op.kernel[d] + here[None, :, None, :]
         index = index.flatten(2, 3).flatten(0, 1)
@@ -190,28 +243,53 @@ def _dense(f: Operator, weight: Tensor, groups: int, full: bool = False) -> Tens
 
 def _branches(op: Operator, parts: list[Numbers]) -> Numbers:
     """Sum or concatenation: every branch spread over the taps of the result."""
-    spread = []
+    dtype = reduce(torch.promote_types, [p.weight.dtype for p in parts])
+    width = op.input_width // op.groups
+    weight = torch.zeros(op.out_channels, width, *op.kernel, dtype=dtype, device=parts[0].weight.device)
+    bias = torch.zeros(op.out_channels, dtype=dtype, device=weight.device)
+    start = 0
     for branch, numbers in zip(op.operands, parts, strict=True):
-        weight = _spread(op, branch, numbers.weight)
-        spread.append(_dense(branch, weight, op.groups) if op.law == "sum" else weight)
-    biases = [
-        w.new_zeros(w.shape[0]) if n.bias is None else n.bias for w, n in zip(spread, parts, strict=True)
-    ]
-    weight = sum(spread[1:], spread[0]) if op.law == "sum" else torch.cat(spread)
-    bias = sum(biases[1:], biases[0]) if op.law == "sum" else torch.cat(biases)
+        rows = slice(start, start + branch.out_channels) if op.law == "concat" else slice(None)
+        start += branch.out_channels
+        own = _dense(branch, numbers.weight, op.groups) if op.law == "sum" else numbers.weight
+        weight[(rows, slice(None), *_places(op, branch))] += own
+        if numbers.bias is not None:
+            bias[rows] += numbers.bias
     return Numbers(weight, bias if op.bias else None)
 
 
-def _spread(op: Operator, branch: Operator, weight: Tensor) -> Tensor:
-    """The taps of `branch` at their place in the kernel of `op`, zeros elsewhere."""
-    if branch.kernel == op.kernel and branch.padding == op.padding:
-        return weight
-    out = weight.new_zeros(*weight.shape[:2], *op.kernel)
-    place: list[slice | Tensor] = [slice(None), slice(None)]
+def _places(op: Operator, branch: Operator) -> list[slice]:
+    """Where the taps of `branch` lie in the kernel of `op`, dim by dim."""
+    places = []
     for d in range(op.spatial or 0):
         start = op.padding[d][0] - branch.padding[d][0]
         last = start + (branch.kernel[d] - 1) * branch.dilation[d]
         step = op.dilation[d]
-        place.append(slice(start // step, last // step + 1, max(1, branch.dilation[d] // step) if branch.kernel[d] > 1 else 1))
-    out[tuple(place)] = weight
+        stride = max(1, branch.dilation[d] // step) if branch.kernel[d] > 1 else 1
+        places.append(slice(start // step, last // step + 1, stride))
+    return places
+
+
+def rounded(numbers: Numbers, dtype: torch.dtype) -> Tensor | None:
+    """The weight in `dtype`, rounded once; None where a number is not finite there.
+
+    Computed in blocks of rows that stay in the cache: nothing larger is ever held in float64.
+    """
+    weight, scale = numbers.weight, numbers.scale
+    if weight.device.type == "meta":
+        return weight.to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    rows = max(1, BLOCK // max(1, weight[:1].numel())) if weight.device.type == "cpu" else len(weight)
+    wide = torch.complex128 if weight.is_complex() else torch.float64
+    block = torch.empty(weight[:rows].shape, dtype=wide, device=weight.device)
+    for start in range(0, len(weight), rows):
+        part, here = weight[start : start + rows], out[start : start + rows]
+        if scale is None:
+            here.copy_(part)
+        else:
+            now = block[: len(part)].copy_(part)
+            here.copy_(now.mul_(scale[start : start + rows].reshape(-1, *[1] * (part.dim() - 1))))
+        low, high = torch.aminmax(torch.view_as_real(here) if here.is_complex() else here)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            return None
     return out
