@@ -23,14 +23,12 @@ class _PatternsFinder(MetaPathFinder):
         if fullname != "fxfuse.patterns":
             return None
         folder = _HERE.parent / "patterns"
-        return spec_from_file_location(
-            fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
+        return spec_from_file_location(fullname, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
 def mount() -> None:
     """Install the finder once, where the package is not there already and the checkout's is."""
     beside = _HERE.parent / "patterns" / "__init__.py"
-    if not (_HERE / "patterns").exists() and beside.exists():
-        if not any(isinstance(f, _PatternsFinder) for f in sys.meta_path):
-            sys.meta_path.append(_PatternsFinder())
+    mounted = any(isinstance(f, _PatternsFinder) for f in sys.meta_path)
+    if not mounted and not (_HERE / "patterns").exists() and beside.exists():
+        sys.meta_path.append(_PatternsFinder())

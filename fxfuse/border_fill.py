@@ -35,9 +35,9 @@ def border_fills(
             written.setdefault(call.args["input"], []).append(node)
     fills = {}
     for pad, writes in written.items():
-        call = calls.get(pad)
-        if call is not None and call.op == "pad":
-            value = _filled(pad, call, writes, calls, facts, position)
+        padding = calls.get(pad)
+        if padding is not None and padding.op == "pad":
+            value = _filled(pad, padding, writes, calls, facts, position)
             if value is not None:
                 fills[pad] = Fill(value, tuple(writes))
     return fills

@@ -76,9 +76,7 @@ def capture(model: nn.Module) -> Captured:
             "define it on the class"
         )
     if model.__dict__.get("_compiled_call_impl") is not None:
-        raise CaptureError(
-            f"{type(model).__name__} was compiled in place; optimize it before calling .compile()"
-        )
+        raise CaptureError(f"{type(model).__name__} was compiled in place; optimize it before calling .compile()")
     error: Exception | None = None
     for proxy_buffers in (True, False):
         # a forward that branches on a buffer's value traces only when buffers stay tensors

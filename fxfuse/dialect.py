@@ -56,7 +56,7 @@ def _sig(op: str, text: str, spatial: int | None = None, inplace: bool = False, 
 
 _CONV = "input weight bias stride padding dilation groups"
 _CONV_T = "input weight bias stride padding output_padding groups dilation"
-_conv = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_conv: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _POOL = "input kernel_size stride padding ceil_mode count_include_pad"
 _pool: dict[str, Any] = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
 
@@ -138,9 +138,15 @@ _NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchN
 _POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _PADS = {
-    **{getattr(nn, f"{n}Pad{d}d"): m for n, m in (("Constant", "constant"), ("Zero", "constant")) for d in (1, 2, 3)},
-    **{getattr(nn, f"{n}Pad{d}d"): m for n, m in (("Reflection", "reflect"), ("Replication", "replicate")) for d in (1, 2, 3)},
-    **{getattr(nn, f"CircularPad{d}d"): "circular" for d in (1, 2, 3)},
+    getattr(nn, f"{name}Pad{d}d"): mode
+    for d in (1, 2, 3)
+    for name, mode in (
+        ("Constant", "constant"),
+        ("Zero", "constant"),
+        ("Reflection", "reflect"),
+        ("Replication", "replicate"),
+        ("Circular", "circular"),
+    )
 }
 _TYPES = (*_CONVS, *_NORMS, *_POOLS, *_DROPOUTS, *_PADS, nn.Linear, nn.Identity, nn.ChannelShuffle)
 _FORWARDS = {t: t.forward for t in _TYPES}
@@ -171,15 +177,17 @@ def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
             return Call("refused", {}, path=path, refusal=Refusal(reason, path, "bake it into a plain module first"))
         return None
     values = [*node.args, *node.kwargs.values()]
-    if has_hooks(m) or "forward" in m.__dict__ or cls.forward is not _FORWARDS[cls] or m.__dict__.get("_compiled_call_impl"):
-        why = "the module has hooks" if has_hooks(m) else "the module's forward was replaced"
+    replaced = "forward" in m.__dict__ or cls.forward is not _FORWARDS[cls] or m.__dict__.get("_compiled_call_impl")
+    if has_hooks(m) or replaced:
+        why = "the module's forward was replaced" if replaced else "the module has hooks"
         return Call("refused", {}, path=path, refusal=Refusal(why, path, "remove them before optimizing"))
     if not values or len(values) > 1:
         return None
     args: dict[str, Any] = {"input": values[0]}
     if cls in _CONVS:
         assert isinstance(m, nn.modules.conv._ConvNd)
-        args |= {n: getattr(m, n) for n in ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")}
+        names = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+        args |= {n: getattr(m, n) for n in names}
         args |= {n: _state(m, n, path, attr) for n in ("weight", "bias")}
         return Call("conv_transpose" if m.transposed else "conv", args, _CONVS[cls], path)
     if cls is nn.Linear:
@@ -189,8 +197,8 @@ def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
         args |= {n: _state(m, n, path, attr) for n in ("running_mean", "running_var", "weight", "bias")}
         return Call("batch_norm", args | {"training": m.training, "eps": m.eps}, _NORMS[cls], path)
     if cls in _POOLS:
-        names = _POOL.split()[1:] + (["divisor_override"] if cls is not nn.AvgPool1d else [])
-        return Call("avg_pool", args | {n: getattr(m, n) for n in names}, _POOLS[cls], path)
+        fields = [*_POOL.split()[1:], *(["divisor_override"] if cls is not nn.AvgPool1d else [])]
+        return Call("avg_pool", args | {n: getattr(m, n) for n in fields}, _POOLS[cls], path)
     if cls in _DROPOUTS:
         return Call("dropout", args | {"training": m.training}, path=path)
     if cls in _PADS:

@@ -45,7 +45,7 @@ class Effects:
     def __init__(self, graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module]) -> None:
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in graph.nodes}
-        self.classes: UnionFind = UnionFind()
+        self.classes: UnionFind[Node] = UnionFind()
         self.writes: dict[Node, list[Node]] = {}
         for node in graph.nodes:
             targets = _written(node, calls.get(node), modules)
@@ -91,9 +91,9 @@ class Effects:
             return None
         own, kind = set(inside), self.classes[value]
         for writer, targets in self.writes.items():
-            if start < self.position[writer] < stop and writer not in own:
-                if any(self.classes[t] == kind for t in targets):
-                    return writer
+            inside_window = start < self.position[writer] < stop and writer not in own
+            if inside_window and any(self.classes[t] == kind for t in targets):
+                return writer
         return None
 
 
@@ -102,7 +102,7 @@ def _written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) ->
     out = node.kwargs.get("out")
     if out is not None:
         return [n for n in node.all_input_nodes if n is out or (isinstance(out, (tuple, list)) and n in out)]
-    if call is not None and call.inplace or _writes_first(node, modules):
+    if (call is not None and call.inplace) or _writes_first(node, modules):
         first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
         return [first] if isinstance(first, Node) else []
     if node.op == "call_module":

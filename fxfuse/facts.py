@@ -20,14 +20,10 @@ from .constants import Apply, Attr
 from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
 
 _POOL_NAMES = {
-    f"{kind}{d}d": d
-    for d in (1, 2, 3)
-    for kind in ("max_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
+    f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
 }
 _POOL_MODULES = {
-    getattr(nn, f"{kind}{d}d"): d
-    for d in (1, 2, 3)
-    for kind in ("MaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+    getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
 }
 
 

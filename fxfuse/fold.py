@@ -20,9 +20,7 @@ _IMPURE = re.compile(
 )
 
 
-def find_constants(
-    graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], effects: Effects
-) -> dict[Node, Any]:
+def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], effects: Effects) -> dict[Node, Any]:
     """Nodes whose value is fixed by the weights: an `Attr`, an `Apply` or a Python value.
 
     No weight is read: shapes and dtypes are found on stand-ins. What is random, written in place
@@ -79,7 +77,7 @@ def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> A
         if isinstance(function, str):
             result = getattr(args[0], function)(*args[1:], **kwargs)
         else:
-            result = function(*args, **kwargs)  # type: ignore[operator]
+            result = function(*args, **kwargs)
         frozen = freeze(_replaced(node.args, found)).items
         named = tuple((k, freeze(_replaced(v, found))) for k, v in node.kwargs.items())
         hash((frozen, named))
@@ -87,7 +85,7 @@ def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> A
         return None
     samples[node] = result
     if isinstance(result, Tensor):
-        return Apply(function, frozen, named, tuple(result.shape), result.dtype)  # type: ignore[arg-type]
+        return Apply(function, frozen, named, tuple(result.shape), result.dtype)
     return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None
 
 
@@ -96,7 +94,11 @@ def _sample(const: Any) -> Any:
     if not isinstance(const, (Attr, Apply)):
         return const
     small = math.prod(const.shape) <= 4096  # real arithmetic on so few is faster than meta's
-    return torch.ones(const.shape, dtype=const.dtype) if small else torch.empty(const.shape, dtype=const.dtype, device="meta")
+    return (
+        torch.ones(const.shape, dtype=const.dtype)
+        if small
+        else torch.empty(const.shape, dtype=const.dtype, device="meta")
+    )
 
 
 def _replaced(value: Any, found: Mapping[Node, Any]) -> Any:

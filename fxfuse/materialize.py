@@ -71,12 +71,9 @@ def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool
         fields = {"stride": op.stride, "padding": padding, "dilation": op.dilation, "groups": op.groups}
         fields |= {"output_padding": op.output_padding} if op.transposed else {"padding_mode": mode}
         cls = (_CONV_TRANSPOSE if op.transposed else _CONV)[op.spatial or 0]
-        built = _BLANK[cls](
-            op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta"
-        )
+        built = _BLANK[cls](op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta")
     built.__class__ = cls
     built.weight = nn.Parameter(weight, requires_grad)
     if bias is not None:
         built.bias = nn.Parameter(bias, requires_grad)
     return built.eval()
-

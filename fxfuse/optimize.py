@@ -251,9 +251,7 @@ def _macs(view: View) -> int | None:
 
 
 def _fired(found: Plan, view: View, names: dict[Operator, str]) -> tuple[Fired, ...]:
-    return tuple(
-        _describe(fuse, view, names) for site in found.sites for fuse in _fuses(site.segments)
-    )
+    return tuple(_describe(fuse, view, names) for site in found.sites for fuse in _fuses(site.segments))
 
 
 def _fuses(segments: Iterable[Segment]) -> list[Fuse]:

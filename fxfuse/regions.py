@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from torch.fx import Node
 
+from .arguments import Affine
 from .record import IDENTITY, Operator
-from .view import Affine, View
+from .view import View
 
 
 @dataclass(frozen=True, slots=True)

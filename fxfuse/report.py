@@ -97,9 +97,7 @@ class Report:
                 {
                     "reason": reason,
                     "remedy": remedy,
-                    "sites": [
-                        {"where": r.where, "detail": r.detail, "pattern": r.pattern} for r in refusals
-                    ],
+                    "sites": [{"where": r.where, "detail": r.detail, "pattern": r.pattern} for r in refusals],
                 }
                 for (reason, remedy), refusals in self.by_reason.items()
             ],
@@ -117,8 +115,7 @@ class Report:
         if self.timing:
             blocks.append(self._speed())
         if self.fired:
-            rows = [(name, count) for name, count in self.by_pattern.items()]
-            blocks.append(_table(rows, ("pattern", "sites"), style))
+            blocks.append(_table(list(self.by_pattern.items()), ("pattern", "sites"), style))
             shown = [(f.path, ", ".join(dict.fromkeys(f.patterns)), f.summary, f.after) for f in self.fired]
             title = "would fuse" if self.dry_run else "fused"
             blocks.append(_table(shown[:sites], (title, "patterns", "from", "to"), style) + _more(len(shown) - sites))
@@ -138,7 +135,8 @@ class Report:
 
     def _headline(self) -> str:
         verb = "would fuse" if self.dry_run else "fused"
-        text = f"fxfuse: {self.model}: {verb} {len(self.fired)} sites in {self.seconds:.2f} s, {len(self.refused)} refused"
+        text = f"fxfuse: {self.model}: {verb} {len(self.fired)} sites in {self.seconds:.2f} s"
+        text += f", {len(self.refused)} refused"
         if self.max_error is not None:
             text += f", max relative error {self.max_error:.1e}"
         return text
@@ -159,7 +157,8 @@ class Report:
         t = self.timing
         return (
             f"time per call: {t['before_ms']:.2f} ms -> {t['after_ms']:.2f} ms, "
-            f"ratio {t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f}, {t['rounds']} interleaved rounds, {t['device']})"
+            f"ratio {t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f}, {t['rounds']} interleaved rounds, "
+            f"{t['device']})"
         )
 
 

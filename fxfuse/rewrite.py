@@ -24,6 +24,7 @@ from .refusal import Refusal
 from .regions import Join, part_nodes
 from .view import View
 
+STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
 
 
@@ -169,7 +170,7 @@ class Rewriter:
         if coefficient != 1:
             total = self.graph.call_function(torch.mul, (total, coefficient))
         for node, coefficient in results[1:]:
-            kwargs = {} if coefficient == 1 else {"alpha": coefficient}
+            kwargs: dict[str, Any] = {} if coefficient == 1 else {"alpha": coefficient}
             total = self.graph.call_function(torch.add, (total, node), kwargs)
         return total
 
@@ -186,10 +187,11 @@ class Rewriter:
             if needs_pad(op):
                 amounts = [a for low, high in op.padding[::-1] for a in (low, high)]
                 mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
-                value = op.pad_value if mode == "constant" else None
+                value: Any = op.pad_value if mode == "constant" else None
                 x = self.graph.call_function(F.pad, (x, amounts, mode, value))
             x = self.graph.call_module(name, (x,))
-        heaviest = next((n for n in nodes if n in self.view.affine and self.view.affine[n].op.path == op.path), nodes[-1])
+        affine = self.view.affine
+        heaviest = next((n for n in nodes if n in affine and affine[n].op.path == op.path), nodes[-1])
         x.meta = {k: heaviest.meta[k] for k in ("nn_module_stack", "stack_trace") if k in heaviest.meta}
         x.meta["fxfuse"] = tuple(n.name for n in nodes)
         return x
@@ -272,10 +274,10 @@ class Rewriter:
         for target in hidden:
             owner, _, name = target.rpartition(".")
             result.get_submodule(owner)._non_persistent_buffers_set.add(name)
-        for name in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+        flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+        for name in (*HOOKS, *flags):
             if getattr(root, name, None):
                 setattr(result, name, copy.copy(getattr(root, name)))
-        result.graph.lint()
         return result
 
 
@@ -323,6 +325,12 @@ def _rank_assert(node: Node) -> Any:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; modules without state of their own take a shorter way to the same."""
+    if type(value) in STATELESS and id(value) not in memo:
+        new = value.__class__.__new__(value.__class__)
+        new.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in value.__dict__.items()})
+        memo[id(value)] = new
+        return new
     if isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
         if id(value) not in memo:
             memo[id(value)] = value.detach().clone()

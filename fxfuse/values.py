@@ -16,7 +16,6 @@ from torch import Tensor
 from .constants import Const, Values, evaluate, probe_values
 from .record import Operator
 
-
 BLOCK = 1 << 19
 
 

@@ -6,7 +6,6 @@ divisor_override (Diverse Branch Block, Ding et al. 2021, transform V). A pool a
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from fxfuse.pattern import Example, Pattern, register
@@ -18,7 +17,7 @@ class _PoolBeside(nn.Module):
         super().__init__()
         self.conv, self.pool = conv, pool
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):  # type: ignore[no-untyped-def]
         return self.conv(x) + self.pool(x)
 
 
@@ -52,4 +51,3 @@ class AvgPool(Pattern):
             reason="no convolution",
         ),
     )
-

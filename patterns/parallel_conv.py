@@ -43,7 +43,9 @@ class ParallelConv(Pattern):
         Example(
             "asymmetric branches (ACNet)",
             lambda: _Sum(
-                nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, (1, 3), padding=(0, 1)), nn.Conv2d(3, 4, (3, 1), padding=(1, 0))
+                nn.Conv2d(3, 4, 3, padding=1),
+                nn.Conv2d(3, 4, (1, 3), padding=(0, 1)),
+                nn.Conv2d(3, 4, (3, 1), padding=(1, 0)),
             ),
             (2, 3, 6, 7),
         ),

@@ -1,0 +1,163 @@
+"""Layers read into operator records: convolution, linear, batch norm, average pool, padding, dropout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.fx import Node
+
+from .arguments import (
+    PASS_EXAMPLES,
+    Affine,
+    Facts,
+    Unknown,
+    data,
+    ints,
+    layout,
+    one_dtype,
+    optional,
+    tensor,
+    unary,
+)
+from .constants import Apply, Attr
+from .dialect import Call
+from .record import IDENTITY, Operator, pointwise
+from .refusal import Refusal
+
+
+def _conv(call: Call, facts: Facts, node: Node) -> Affine:
+    spatial = call.spatial or 0
+    weight, bias = tensor(call, "weight", spatial + 2), optional(call, "bias")
+    groups, transposed = call.args["groups"], call.op == "conv_transpose"
+    if not isinstance(groups, int):
+        raise Unknown
+    kernel = weight.shape[2:]
+    stride, dilation = ints(call.args["stride"], spatial), ints(call.args["dilation"], spatial)
+    mode = call.args.get("padding_mode", "zeros")
+    if isinstance(call.args["padding"], str):
+        total = [d * (k - 1) if call.args["padding"] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        padding = tuple((t // 2, t - t // 2) for t in total)
+    else:
+        padding = tuple((p, p) for p in ints(call.args["padding"], spatial))
+    op = Operator(
+        kind="conv",
+        law="conv",
+        spatial=spatial,
+        in_channels=weight.shape[0] if transposed else weight.shape[1] * groups,
+        out_channels=weight.shape[1] * groups if transposed else weight.shape[0],
+        kernel=kernel,
+        stride=stride,
+        dilation=dilation,
+        padding=padding,
+        groups=groups,
+        bias=bias is not None,
+        padding_mode=mode if any(p != (0, 0) for p in padding) else "zeros",
+        transposed=transposed,
+        output_padding=ints(call.args["output_padding"], spatial) if transposed else (0,) * spatial,
+        dtype=one_dtype(weight, bias),
+        path=call.path or _owner(weight, node),
+        consts=(("weight", weight), ("bias", bias)),
+    )
+    return unary(call, op)
+
+
+def _owner(weight: Attr | Apply, node: Node) -> str:
+    """The module that holds the weight of a functional call; the node's name when none does."""
+    if isinstance(weight, Attr) and "." in weight.path:
+        return weight.path.rpartition(".")[0]
+    return node.name
+
+
+def _linear(call: Call, facts: Facts, node: Node) -> Affine:
+    weight, bias = tensor(call, "weight", 2), optional(call, "bias")
+    op = Operator(
+        kind="conv",
+        law="conv",
+        spatial=0,
+        in_channels=weight.shape[1],
+        out_channels=weight.shape[0],
+        bias=bias is not None,
+        dtype=one_dtype(weight, bias),
+        path=call.path or _owner(weight, node),
+        consts=(("weight", weight), ("bias", bias)),
+    )
+    return unary(call, op)
+
+
+def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
+    x = facts[data(call)]
+    if call.args["training"] or call.args["running_mean"] is None or call.args["running_var"] is None:
+        return Refusal(
+            "batch_norm normalizes with the statistics of the batch, not with running ones",
+            remedy="call model.eval(), and keep track_running_stats=True",
+        )
+    mean, var = tensor(call, "running_mean", 1), tensor(call, "running_var", 1)
+    weight, bias = optional(call, "weight"), optional(call, "bias")
+    spatial, assumes = layout(x)
+    if spatial is None:
+        return Refusal(
+            "the rank of batch_norm's input is not certain, so its channel axis is not", remedy=PASS_EXAMPLES
+        )
+    if not isinstance(call.args["eps"], (int, float)):
+        raise Unknown
+    op = pointwise(
+        "scale",
+        "batch_norm",
+        spatial,
+        mean.shape[0],
+        bias=True,
+        dtype=one_dtype(mean, var, weight, bias),
+        path=call.path or _owner(mean, node),
+        consts=(("mean", mean), ("var", var), ("weight", weight), ("bias", bias), ("eps", call.args["eps"])),
+    )
+    return unary(call, op, assumes)
+
+
+def _avg_pool(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
+    spatial = call.spatial or 0
+    kernel = ints(call.args["kernel_size"], spatial)
+    stride = ints(call.args["stride"] or kernel, spatial)
+    padding = ints(call.args["padding"], spatial)
+    for bad, why in (
+        (call.args["ceil_mode"], "ceil_mode lets windows leave the input"),
+        (call.args.get("divisor_override"), "divisor_override changes the divisor"),
+        (any(padding) and not call.args["count_include_pad"], "count_include_pad=False divides by less at the border"),
+    ):
+        if bad:
+            return Refusal(f"this average pool is no convolution: {why}")
+    channels = facts[data(call)].axes.get(-spatial - 1)
+    if channels is None:
+        raise Unknown
+    op = pointwise("pool", "pool", spatial, channels, path=call.path or node.name)
+    return unary(call, replace(op, kernel=kernel, stride=stride, padding=tuple((p, p) for p in padding)))
+
+
+def _pad(call: Call, facts: Facts, node: Node) -> Affine | None:
+    pad, value = call.args["pad"], call.args["value"]
+    fact = facts[data(call)]
+    spatial, assumes = layout(fact)
+    if not isinstance(pad, (tuple, list)) or spatial is None or not all(isinstance(p, int) and p >= 0 for p in pad):
+        return None
+    pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]
+    channels = fact.axes.get(-spatial - 1)
+    if len(pairs) > spatial or channels is None or not isinstance(value or 0, (int, float)):
+        return None
+    padding = ((0, 0),) * (spatial - len(pairs)) + tuple(pairs)
+    mode = {"constant": "zeros"}.get(call.args["mode"], call.args["mode"])
+    op = pointwise("pad", "pad", spatial, channels, path=call.path or node.name)
+    return unary(call, replace(op, padding=padding, padding_mode=mode, pad_value=value or 0), assumes)
+
+
+def _dropout(call: Call, facts: Facts, node: Node) -> Affine | None:
+    return unary(call, replace(IDENTITY, path=call.path or node.name)) if call.args["training"] is False else None
+
+
+LAYERS = {
+    "conv": _conv,
+    "conv_transpose": _conv,
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+    "avg_pool": _avg_pool,
+    "pad": _pad,
+    "dropout": _dropout,
+}

@@ -1,0 +1,186 @@
+"""Tensor arithmetic read into operator records: constants, sums, concatenation, channel selection."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .arguments import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data, layout
+from .constants import Apply, Attr
+from .dialect import Call
+from .record import IDENTITY, pointwise
+from .refusal import Refusal
+
+
+def _arithmetic(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:
+    left, right = call.args["input"], call.args["other"]
+    alpha = call.args.get("alpha", 1)
+    if not isinstance(alpha, (int, float)) or call.args.get("rounding_mode") is not None:
+        return None
+    sign = -alpha if call.op == "sub" else alpha
+    if isinstance(left, Node) and isinstance(right, Node):
+        if call.op not in ("add", "sub"):
+            return None
+        return Affine("sum", ((left, 1.0), (right, float(sign))))
+    if isinstance(left, Node):
+        number = {"mul": (right, 0), "div": (right, 0)}.get(call.op, (1, right))
+        return _scaled(left, number, sign, call.op == "div", facts, node)
+    if isinstance(right, Node) and call.op in ("add", "sub", "mul"):
+        number = (left, 0) if call.op == "mul" else (sign, left)
+        return _scaled(right, number, 1, False, facts, node)
+    return None
+
+
+def _scaled(
+    source: Node, numbers: tuple[Any, Any], alpha: float, inverse: bool, facts: Facts, node: Node
+) -> Affine | Refusal | None:
+    """x * factor + alpha * shift, one of the two a number and the other a number or a tensor."""
+    factor, shift = numbers
+    constant = factor if isinstance(factor, (Attr, Apply)) else shift
+    consts = (("factor", factor), ("inverse", inverse), ("shift", shift), ("alpha", alpha))
+    fields: dict[str, Any] = {"consts": consts, "bias": not (isinstance(shift, (int, float)) and shift == 0)}
+    if not isinstance(constant, (Attr, Apply)):
+        if not all(isinstance(n, (int, float)) for n in numbers):
+            return None
+        return Affine("unary", ((source, 1.0),), replace(IDENTITY, kind="scale", law="scale", path=node.name, **fields))
+    if constant.dtype.is_complex or constant.dtype == torch.bool:
+        return None
+    fact, dims = facts[source], len(constant.shape)
+    path = constant.path if isinstance(constant, Attr) else node.name
+    wide = [i - dims for i, n in enumerate(constant.shape) if n != 1]
+    assumes = None
+    if dims > fact.low:
+        _, assumes = layout(fact)
+        if assumes is None or dims > assumes:
+            return Refusal("a constant may have more dims than the tensor it meets", remedy=PASS_EXAMPLES)
+    dtype = constant.dtype if dims and constant.dtype.is_floating_point else None
+    if not wide:
+        op = replace(IDENTITY, kind="scale", law="scale", path=path, dtype=dtype, **fields)
+        return Affine("unary", ((source, 1.0),), op, assumes=assumes)
+    if len(wide) > 1:
+        return Refusal("a constant that varies along more than the channel axis is no per-channel factor")
+    op = pointwise("scale", "scale", -wide[0] - 1, constant.shape[wide[0]], path=path, dtype=dtype, **fields)
+    return Affine("unary", ((source, 1.0),), op, assumes=assumes)
+
+
+def _neg(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:
+    return _scaled(data(call), (-1, 0), 1, False, facts, node)
+
+
+def _cat(call: Call, facts: Facts, node: Node) -> Affine:
+    tensors = call.args["tensors"]
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Node) for t in tensors):
+        raise Unknown
+    spatial, assumes = axis_layout(facts[node], call.args["dim"])
+    return Affine("concat", tuple((t, 1.0) for t in tensors), spatial=spatial, assumes=assumes)
+
+
+def _selected(
+    source: Node, reads: tuple[int, ...], channels: int, spatial: int, node: Node, assumes: int | None
+) -> Affine:
+    if spatial < 0 or not reads:
+        raise Unknown
+    op = pointwise("select", "select", spatial, len(reads), path=node.name)
+    return Affine("unary", ((source, 1.0),), replace(op, in_channels=channels, reads=reads), assumes=assumes)
+
+
+def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
+    source, index = data(call), call.args["index"]
+    name = getattr(source.target, "__name__", source.target)
+    if source.op in ("call_function", "call_method") and name in ("chunk", "split") and isinstance(index, int):
+        return _piece(source, index, facts, node)
+    if not isinstance(index, tuple) or len(index) < 2 or not all(isinstance(i, slice) for i in index):
+        raise Unknown
+    full, cut = slice(None), index[1]
+    if index[0] != full or any(i != full for i in index[2:]):
+        raise Unknown
+    spatial, assumes = axis_layout(facts[source], 1)
+    channels = facts[source].axes.get(-spatial - 1)
+    if channels is None or not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
+        raise Unknown
+    return _selected(source, tuple(range(*cut.indices(channels))), channels, spatial, node, assumes)
+
+
+def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
+    """One output of chunk or split along the channels."""
+    names = ("input", "sizes", "dim")
+    bound = {"dim": 0, **dict(zip(names, chunks.args, strict=False)), **chunks.kwargs}
+    source, sizes = bound["input"], bound.get("sizes", bound.get("chunks", bound.get("split_size")))
+    if not isinstance(source, Node):
+        raise Unknown
+    spatial, assumes = axis_layout(facts[source], bound["dim"])
+    chunk = getattr(chunks.target, "__name__", chunks.target) == "chunk"
+    channels = facts[source].axes.get(-spatial - 1)
+    if channels is None and chunk and isinstance(sizes, int):
+        channels = _whole(chunks, sizes, -spatial - 1, facts)
+    elif channels is None and isinstance(sizes, (list, tuple)) and all(isinstance(s, int) for s in sizes):
+        channels = sum(sizes)
+    if channels is None:
+        raise Unknown
+    if isinstance(sizes, int):
+        size = -(-channels // sizes) if chunk else sizes
+        sizes = [min(size, channels - i) for i in range(0, channels, size)]
+    if not isinstance(sizes, (list, tuple)) or not all(isinstance(s, int) for s in sizes) or sum(sizes) != channels:
+        raise Unknown
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    if not -len(sizes) <= index < len(sizes):
+        raise Unknown
+    reads = tuple(range(starts[index], starts[index] + sizes[index]))
+    return _selected(source, reads, channels, spatial, node, assumes)
+
+
+def _whole(chunks: Node, count: int, axis: int, facts: Facts) -> int | None:
+    """Channels of a chunked tensor, from what its pieces are fed to, where all are known."""
+    sizes = {u.args[1]: facts[u].axes.get(axis) for u in chunks.users if getattr(u.target, "__name__", "") == "getitem"}
+    known = [s for i, s in sizes.items() if isinstance(i, int) and s is not None]
+    return sum(known) if len(known) == count == len(sizes) else None
+
+
+def _narrow(call: Call, facts: Facts, node: Node) -> Affine:
+    source, start, length = data(call), call.args["start"], call.args["length"]
+    spatial, assumes = axis_layout(facts[source], call.args["dim"])
+    if not isinstance(start, int) or not isinstance(length, int) or start < 0:
+        raise Unknown
+    channels = facts[source].axes.get(-spatial - 1)
+    if channels is None or start + length > channels:
+        raise Unknown
+    return _selected(source, tuple(range(start, start + length)), channels, spatial, node, assumes)
+
+
+def _flip(call: Call, facts: Facts, node: Node) -> Affine:
+    source, dims = data(call), call.args["dims"]
+    if not isinstance(dims, (tuple, list)) or len(dims) != 1:
+        raise Unknown
+    spatial, assumes = axis_layout(facts[source], dims[0])
+    channels = facts[source].axes.get(-spatial - 1)
+    if channels is None:
+        raise Unknown
+    return _selected(source, tuple(range(channels))[::-1], channels, spatial, node, assumes)
+
+
+def _channel_shuffle(call: Call, facts: Facts, node: Node) -> Affine:
+    source, groups = data(call), call.args["groups"]
+    spatial, assumes = axis_layout(facts[source], 1)
+    channels = facts[source].axes.get(-spatial - 1)
+    if channels is None or not isinstance(groups, int):
+        raise Unknown
+    size = channels // groups
+    reads = tuple((j % groups) * size + j // groups for j in range(channels))
+    return _selected(source, reads, channels, spatial, node, assumes)
+
+
+ARITHMETIC = {
+    "add": _arithmetic,
+    "sub": _arithmetic,
+    "mul": _arithmetic,
+    "div": _arithmetic,
+    "neg": _neg,
+    "cat": _cat,
+    "getitem": _getitem,
+    "narrow": _narrow,
+    "flip": _flip,
+    "channel_shuffle": _channel_shuffle,
+}
