@@ -4,9 +4,10 @@ from ._mount import mount as _mount
 
 _mount()
 
-from .optimize import optimize, plan, refresh, report  # noqa: E402
+from .optimize import optimize, plan, report  # noqa: E402
 from .pattern import Example, Pattern, register, unregister  # noqa: E402
 from .record import Operator  # noqa: E402
+from .refresh import refresh  # noqa: E402
 from .refusal import CaptureError, Refusal, VerificationError  # noqa: E402
 from .report import Report  # noqa: E402
 

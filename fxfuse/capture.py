@@ -87,6 +87,9 @@ def capture(model: nn.Module) -> Captured:
             except Exception as e:  # what a forward raises on proxies can be anything
                 error = error or e
                 continue
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # an unresolved annotation, which could not be pickled
+                node.type = None
         tensors = {n: t for n, t in created.items() if isinstance(t, Tensor)}
         return Captured(graph, model, tensors)
     assert error is not None

@@ -48,6 +48,15 @@ def tensors(op: Operator, values: Values) -> tuple[Tensor, Tensor | None] | Refu
         return weight.contiguous().to(device), None if bias is None else bias.contiguous().to(device)
 
 
+def blank(op: Operator) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the right shapes without storage, for a dry run."""
+    pair = (op.out_channels, op.input_width // op.groups)
+    if op.transposed:
+        pair = (op.input_width, op.out_channels // op.groups)
+    weight = torch.empty(*pair, *op.kernel, dtype=op.dtype, device="meta")
+    return weight, torch.empty(op.out_channels, dtype=op.dtype, device="meta") if op.bias else None
+
+
 def _uninitialized(cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` without the random initial weights that would be overwritten at once."""
     return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})

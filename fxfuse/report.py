@@ -19,8 +19,8 @@ class Fired:
     patterns: tuple[str, ...]
     before: tuple[str, ...]
     after: str
-    macs_before: float | None = None
-    macs_after: float | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
 
     @property
     def summary(self) -> str:
@@ -111,7 +111,7 @@ class Report:
         return self._render("simple", "")
 
     def _render(self, style: str, mark: str, sites: int = 12) -> str:
-        blocks = [mark + self._headline(), _table(self._sizes(), ("", "before", "after", "ratio"), style)]
+        blocks = [mark + self.headline, _table(self._sizes(), ("", "before", "after", "ratio"), style)]
         if self.timing:
             blocks.append(self._speed())
         if self.fired:
@@ -133,7 +133,9 @@ class Report:
             blocks.append(_table(changed, ("executed", "before", "after"), style))
         return "\n\n".join(blocks)
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """One line: model, sites fused and refused, time taken, error if verified."""
         verb = "would fuse" if self.dry_run else "fused"
         text = f"fxfuse: {self.model}: {verb} {len(self.fired)} sites in {self.seconds:.2f} s"
         text += f", {len(self.refused)} refused"

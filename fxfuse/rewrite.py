@@ -17,7 +17,7 @@ from .algebra import needs_pad
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
 from .effects import shape_reader
-from .materialize import layer, sources, tensors
+from .materialize import blank, layer, sources, tensors
 from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site
 from .record import Operator
 from .refusal import Refusal
@@ -51,10 +51,14 @@ def drop_identities(captured: Captured) -> int:
 
 
 class Rewriter:
-    """Applies a plan to the captured graph and builds the resulting GraphModule."""
+    """Applies a plan to the captured graph and builds the resulting GraphModule.
 
-    def __init__(self, view: View) -> None:
+    In a dry run the layers have shapes but no numbers, and there is nothing to build.
+    """
+
+    def __init__(self, view: View, dry_run: bool = False) -> None:
         self.view = view
+        self.dry_run = dry_run
         self.graph: Graph = view.captured.graph
         self.values = model_values(view.captured.root, view.captured.constants)
         self.built: dict[Operator, nn.Module] = {}
@@ -86,7 +90,7 @@ class Rewriter:
         for op in fused_operators(site.segments):
             if op in self.built:
                 continue
-            numbers = tensors(op, self.values)
+            numbers = blank(op) if self.dry_run else tensors(op, self.values)
             if isinstance(numbers, Refusal):
                 return numbers.at(op.path)
             grad = any(self._requires_grad(a) for a in sources(op))
@@ -244,6 +248,23 @@ class Rewriter:
         call = self.view.calls.get(node)
         pure = call is not None and call.op in ("chunk", "split", "getitem") and node not in self.view.effects.writes
         return pure or node.target is operator.eq
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module a call in the graph can name: the root's, and the fused layers over them."""
+        return dict(self.view.captured.root.named_modules(remove_duplicate=False)) | self.layers
+
+    def params(self) -> int:
+        """Parameters that the rewritten graph uses, each tensor once."""
+        modules, root = self.modules(), self.view.captured.root
+        used: dict[int, int] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                used.update((id(p), p.numel()) for p in modules[str(node.target)].parameters())
+            elif node.op == "get_attr" and node.target not in self.view.captured.constants:
+                owner, _, name = str(node.target).rpartition(".")
+                value = getattr(root.get_submodule(owner), name)
+                used.update({id(value): value.numel()} if isinstance(value, nn.Parameter) else {})
+        return sum(used.values())
 
     def build(self) -> GraphModule:
         """The GraphModule: fused layers fresh, every other module and tensor copied."""

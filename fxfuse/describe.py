@@ -1,0 +1,96 @@
+"""What the report says of a graph and a plan: sizes, operation counts, and one line a fused site."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.fx import Graph, Node
+
+from .plan import Fuse, Plan, Rejoin, Segment
+from .record import Operator
+from .regions import Join, Step
+from .report import Fired, Totals
+from .view import View
+
+_ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}
+
+
+def totals(graph: Graph, modules: Mapping[str, nn.Module], params: int, macs: int | None) -> Totals:
+    """Nodes and executed operations by kind, with the parameters and MACs the caller counted."""
+    calls = ("call_function", "call_method", "call_module")
+    ops = Counter(_kind(n, modules) for n in graph.nodes if n.op in calls)
+    return Totals(len(graph.nodes), params, macs, dict(sorted(ops.items())))
+
+
+def _kind(node: Node, modules: Mapping[str, nn.Module]) -> str:
+    """One name for all spellings: conv for nn.Conv2d, F.conv2d and torch.conv1d alike."""
+    if node.op == "call_module":
+        name = type(modules[str(node.target)]).__name__
+    else:
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    flat = name.strip("_").lower()
+    if flat.startswith(("batchnorm", "batch_norm")):
+        return "batch_norm"
+    return "conv" if flat.startswith("conv") else _ALIASES.get(flat, flat)
+
+
+def macs(view: View) -> int | None:
+    """Multiply-accumulates of all convolutions and linear layers; None where shapes are not known."""
+    if not view.shapes:
+        return None
+    return sum(_macs(a.op, n, view) for n, a in view.affine.items() if a.op.weighted and n in view.shapes)
+
+
+def _macs(op: Operator, node: Node, view: View) -> int:
+    return view.shapes[node].numel() // op.out_channels * op.macs
+
+
+def fired(plan: Plan, view: View, names: Mapping[Operator, str]) -> tuple[Fired, ...]:
+    """One entry for every fused layer, in execution order."""
+    return tuple(_describe(f, view, names) for site in plan.sites for f in _fuses(site.segments))
+
+
+def _fuses(segments: Iterable[Segment]) -> list[Fuse]:
+    found: list[Fuse] = []
+    for segment in segments:
+        if isinstance(segment, Fuse):
+            found.append(segment)
+        elif isinstance(segment, Rejoin):
+            found += [f for piece in segment.pieces for f in _fuses(piece)]
+    return found
+
+
+def _steps(parts: Iterable[Step | Join]) -> list[Step | None]:
+    """Every step below the parts; None for a branch that is the identity."""
+    steps: list[Step | None] = []
+    for part in parts:
+        if isinstance(part, Step):
+            steps.append(part)
+            continue
+        for branch in part.branches:
+            steps += _steps(branch.parts) if branch.parts else [None]
+    return steps
+
+
+def _describe(fuse: Fuse, view: View, names: Mapping[Operator, str]) -> Fired:
+    before, work = [], 0
+    for step in _steps(fuse.parts):
+        if step is None:
+            before.append("identity")
+        elif step.node is not None:
+            text = step.op.describe()
+            before.append(text.replace("scale", "batch_norm", 1) if step.op.law == "batch_norm" else text)
+            if step.op.weighted and step.node in view.shapes:
+                work += _macs(step.op, step.node, view)
+    last = [p.node for p in fuse.parts if p.node is not None][-1]
+    after = _macs(fuse.op, last, view) if last in view.shapes else None
+    return Fired(
+        path=names.get(fuse.op, fuse.op.path),
+        patterns=tuple(dict.fromkeys(fuse.op.applied)),
+        before=tuple(before),
+        after=fuse.op.describe(),
+        macs_before=None if after is None else work,
+        macs_after=after,
+    )
