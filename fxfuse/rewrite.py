@@ -65,6 +65,7 @@ class Rewriter:
         self.names: dict[Operator, str] = {}
         self.layers: dict[str, nn.Module] = {}
         self.condemned: set[Node] = set()
+        self.replaced: dict[Node, Node] = {}
         self.guarded: set[tuple[Node, int]] = set()
         self.taken = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
 
@@ -79,7 +80,7 @@ class Rewriter:
                 failed.append(refusal)
         self._release(done)
         for site in done:
-            self._emit(site.source, site.segments)
+            self._emit(self._current(site.source), site.segments)
             self._redirect_readers(site)
         self._sweep()
         recipes = tuple(Recipe(name, op) for op, name in self.names.items())
@@ -137,7 +138,7 @@ class Rewriter:
                 new = self._layer_call(segment, value, exits[-1])
                 self._condemn(segment)
                 new.meta["fxfuse_exit"] = exits[-1].name
-                exits[-1].replace_all_uses_with(new)
+                self._replace(exits[-1], new)
                 value = new
             else:
                 value = self._rejoin(segment, value)
@@ -162,8 +163,16 @@ class Rewriter:
             new = self._joined(join, results)
         new.meta = dict(join.node.meta)
         self.condemned.update(join.nodes)
-        join.node.replace_all_uses_with(new)
+        self._replace(join.node, new)
         return new
+
+    def _replace(self, old: Node, new: Node) -> None:
+        old.replace_all_uses_with(new)
+        self.replaced[old] = new
+
+    def _current(self, node: Node) -> Node:
+        """What stands for a node of the plan now: sites that read it are emitted after its own."""
+        return self.replaced.get(node, node)
 
     def _joined(self, join: Join, results: list[tuple[Node, float]]) -> Node:
         if join.kind == "concat":
@@ -225,7 +234,7 @@ class Rewriter:
         for node in [n for p in _fused_parts(site.segments) for n in part_nodes(p)]:
             for user in list(node.users):
                 if shape_reader(user) in ("rank", "dtype"):
-                    user.replace_input_with(node, site.source)
+                    user.replace_input_with(node, self._current(site.source))
 
     def _sweep(self) -> None:
         """Erase what the sites replaced, and what nobody reads because of it."""
@@ -237,7 +246,7 @@ class Rewriter:
                     self.condemned.add(node)
                 asserted.add(key)
         for node in reversed(list(self.graph.nodes)):
-            if node in self.condemned and not node.users:
+            if not node.users and (node in self.condemned or shape_reader(node)):
                 inputs = node.all_input_nodes
                 self.graph.erase_node(node)
                 self.condemned.update(n for n in inputs if not n.users and self._pure(n))
