@@ -34,8 +34,11 @@ def compose(f: Operator, g: Operator) -> Result:
         return replace(g, dtype=g.dtype or f.dtype)
     if g.kind == "identity":
         return replace(f, dtype=f.dtype or g.dtype)
-    if refusal := _transposed_chain(f, g) or _border(f, g):
-        return refusal
+    return _transposed_chain(f, g) or _border(f, g) or product(f, g)
+
+
+def product(f: Operator, g: Operator) -> Operator:
+    """What g(f(x)) is away from the border, for two of one layout; `compose` says when it is all."""
     f = _select_rows(f, g.reads)
     groups = math.gcd(f.groups, g.groups)
     geometry = [_chain_taps(f, g, d) for d in range(f.spatial or 0)]

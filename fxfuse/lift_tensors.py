@@ -23,7 +23,9 @@ def _arithmetic(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None
     sign = -alpha if call.op == "sub" else alpha
     if isinstance(left, Node) and isinstance(right, Node):
         if call.op not in ("add", "sub"):
-            return None
+            if not (facts[left].low and facts[right].low):  # sizes are multiplied too
+                return None
+            return Refusal(f"a {'product' if call.op == 'mul' else 'quotient'} of two computed tensors is not linear")
         return Affine("sum", ((left, 1.0), (right, float(sign))))
     if isinstance(left, Node):
         number = {"mul": (right, 0), "div": (right, 0)}.get(call.op, (1, right))

@@ -9,15 +9,16 @@ No weight is touched here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import reduce
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from torch.fx import Node
 
 from . import algebra
+from .arguments import Affine
 from .cost import CostFunction
 from .pattern import Selection
 from .record import IDENTITY, Operator
@@ -25,7 +26,7 @@ from .refusal import Refusal
 from .regions import Chain, Join, Step, find, part_nodes
 from .view import View
 
-WINDOW = 8  # convolutions in one stretch: longer exact chains have never been seen to pay
+WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number
 EXACT = 6  # branches up to which every partition of a sum is tried
 
 Price = tuple[int, Fraction, int]
@@ -93,10 +94,14 @@ class Planner:
     patterns: Selection
     cost: CostFunction
     refusals: list[Refusal] = field(default_factory=list)
+    joined: set[Node] = field(default_factory=set)
+    fused: set[Node] = field(default_factory=set)
 
     def run(self) -> Plan:
         sites = []
-        for chain in find(self.view):
+        chains = find(self.view)
+        self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
+        for chain in chains:
             if refusal := self._overwritten(chain):
                 self.refusals.append(refusal)
                 continue
@@ -104,6 +109,7 @@ class Planner:
             self.refusals.extend(best.notes)
             if any(_changes(s) for s in best.segments):
                 sites.append(Site(chain.source, best.segments))
+                self.fused.update(_fused_nodes(best.segments))
         return Plan(tuple(sites), tuple(dict.fromkeys((*self.refusals, *self._refused_nodes()))))
 
     def _overwritten(self, chain: Chain) -> Refusal | None:
@@ -125,10 +131,15 @@ class Planner:
 
     def _area(self, node: Node | None, before: Fraction, op: Operator) -> Fraction:
         """Output positions of an operator: counted from known shapes, else relative to the entry."""
+        counted = self._positions(node, op.spatial)
+        return before * op.pixels if counted is None else counted
+
+    def _positions(self, node: Node | None, spatial: int | None) -> Fraction | None:
+        """Elements of a known shape for each channel, the batch included."""
         shape = self.view.shapes.get(node) if node is not None else None
-        if shape is not None and op.out_channels:
-            return Fraction(shape.numel(), op.out_channels)
-        return before * op.pixels
+        if shape is None or spatial is None or len(shape) <= spatial or not shape[-spatial - 1]:
+            return None
+        return Fraction(shape.numel(), shape[-spatial - 1])
 
     def _price(self, op: Operator, area: Fraction, executed: int = 1) -> Price:
         forced = sum(name in self.patterns.forced for name in op.applied)
@@ -143,7 +154,7 @@ class Planner:
         for part in chain.parts:
             option = self._part(part, areas[-1])
             options.append(option)
-            areas.append(self._after(part, option, areas[-1]))
+            areas.append(self._after(part, areas[-1]))
         count = len(options)
         best: list[tuple[Price, int, Fuse | None]] = [(FREE, 0, None)] * (count + 1)
         for i in range(1, count + 1):
@@ -152,7 +163,7 @@ class Planner:
         for i in range(count):
             here = best[i][0]
             keep = _plus(here, options[i].price)
-            if keep < best[i + 1][0]:
+            if keep <= best[i + 1][0]:  # a tie leaves the part alone
                 best[i + 1] = (keep, i, None)
             op = options[i].op
             weighted = 0
@@ -185,18 +196,17 @@ class Planner:
         notes += self._chain_notes(chain, options, cuts, areas)
         return _Option(best[count][0], tuple(segments), whole, tuple(notes))
 
-    def _after(self, part: Step | Join, option: _Option, before: Fraction) -> Fraction:
+    def _after(self, part: Step | Join, before: Fraction) -> Fraction:
+        """Output positions after a part."""
         if isinstance(part, Step):
             return self._area(part.node, before, part.op)
-        if isinstance(option.op, Operator):
-            return self._area(part.node, before, option.op)
-        step = next((p for b in part.branches for p in b.parts), None)
-        while isinstance(step, Join):
-            step = next((p for b in step.branches for p in b.parts), None)
-        shape = self.view.shapes.get(part.node)
-        if shape is not None and len(shape) > 1:
-            return Fraction(shape.numel(), shape[1])
-        return before if step is None else before * step.op.pixels
+        spatial = next((s.op.spatial for s in _steps(part) if s.op.spatial is not None), None)
+        counted = self._positions(part.node, spatial)
+        if counted is not None:
+            return counted
+        for step in part.branches[0].parts:
+            before = self._after(step, before)
+        return before
 
     def _part(self, part: Step | Join, area: Fraction) -> _Option:
         if isinstance(part, Step):
@@ -231,13 +241,12 @@ class Planner:
 
     def _sum(self, join: Join, branches: list[_Option], area: Fraction) -> _Option:
         """Cheapest partition of the branches into merged groups (exact up to EXACT branches)."""
-        after = self._after(join, _Option(FREE, (), self._merge("sum", [b.op for b in branches])), area)
+        after = self._after(join, area)
         groups = self._partition(branches, join, after)
         return self._joined(join, branches, groups, after)
 
     def _partition(self, branches: list[_Option], join: Join, area: Fraction) -> list[tuple[int, ...]]:
-        count = len(branches)
-        indices = tuple(range(count))
+        units: list[tuple[int, ...]] = [(i,) for i in range(len(branches))]
         candidates: dict[tuple[int, ...], Price | None] = {}
 
         def price(group: tuple[int, ...]) -> Price | None:
@@ -248,9 +257,10 @@ class Planner:
                 candidates[group] = None if fused is None else fused[0]
             return candidates[group]
 
-        if count > EXACT:
-            groups = [(i,) for i in indices]
-            return self._greedy(groups, price)
+        if len(units) > EXACT:
+            units = self._greedy(units, price)
+        if len(units) > EXACT:
+            return units
         best: dict[tuple[int, ...], tuple[Price, list[tuple[int, ...]]]] = {(): (FREE, [])}
 
         def solve(rest: tuple[int, ...]) -> tuple[Price, list[tuple[int, ...]]]:
@@ -258,10 +268,11 @@ class Planner:
                 found = None
                 first, others = rest[0], rest[1:]
                 for mask in range(1 << len(others)):
-                    group = (first, *(o for k, o in enumerate(others) if mask >> k & 1))
+                    taken = (first, *(o for k, o in enumerate(others) if mask >> k & 1))
+                    group = tuple(i for unit in taken for i in units[unit])
                     if (alone := price(group)) is None:
                         continue
-                    tail = solve(tuple(o for o in others if o not in group))
+                    tail = solve(tuple(o for o in others if o not in taken))
                     total = _plus(_plus(alone, tail[0]), (0, Fraction(0), 1))
                     if found is None or total < found[0]:
                         found = (total, [group, *tail[1]])
@@ -269,21 +280,19 @@ class Planner:
                 best[rest] = found
             return best[rest]
 
-        return solve(indices)[1]
+        return solve(tuple(range(len(units))))[1]
 
-    def _greedy(self, groups: list[tuple[int, ...]], price: object) -> list[tuple[int, ...]]:
-        """Merge into the first group that gets no dearer, branch by branch."""
-        assert callable(price)
-        merged: list[tuple[int, ...]] = []
-        for group in groups:
-            for k, other in enumerate(merged):
-                together = price(other + group)
-                if together is not None and together <= _plus(_plus(price(other), price(group)), (0, Fraction(0), 1)):
-                    merged[k] = other + group
-                    break
-            else:
-                merged.append(group)
-        return merged
+    def _greedy(
+        self, groups: list[tuple[int, ...]], price: Callable[[tuple[int, ...]], Price | None]
+    ) -> list[tuple[int, ...]]:
+        """Merge the first two groups that get cheaper by it, until no two do."""
+        for a, b in combinations(groups, 2):
+            together, one, two = price(a + b), price(a), price(b)
+            if together is not None and one is not None and two is not None:
+                if together < _plus(_plus(one, two), (0, Fraction(0), 1)):
+                    rest = [a + b if g == a else g for g in groups if g != b]
+                    return self._greedy(rest, price)
+        return groups
 
     def _group(
         self, join: Join, branches: list[_Option], group: tuple[int, ...], area: Fraction
@@ -294,20 +303,21 @@ class Planner:
 
     def _concat(self, join: Join, branches: list[_Option], area: Fraction) -> _Option:
         """Cheapest cut of the branches, whose order counts, into merged runs."""
-        count = len(branches)
-        after = self._after(join, _Option(FREE, (), branches[0].op), area)
+        after = self._after(join, area)
         best: list[tuple[Price, list[tuple[int, ...]]]] = [(FREE, [])]
-        for j in range(1, count + 1):
+        merged: list[Operator | Refusal] = []  # branches i to j as one operator, for every i
+        for j, branch in enumerate(branches):
+            merged = [*(self._combine("concat", op, branch.op) for op in merged), branch.op]
             options = []
-            for i in range(max(0, j - EXACT), j):
-                group = tuple(range(i, j))
-                alone = branches[i].price if j == i + 1 else None
-                if j > i + 1 and (fused := self._group(join, branches, group, after)):
-                    alone = fused[0]
+            for i in range(j, -1, -1):  # shortest run first: a tie merges less
+                group = tuple(range(i, j + 1))
+                part = replace(join, branches=join.branches[i : j + 1])
+                fused = self._fusable(merged[i], [part], after) if i < j else None
+                alone = branch.price if i == j else fused[0] if fused is not None else None
                 if alone is not None:
                     options.append((_plus(_plus(best[i][0], alone), (0, Fraction(0), 1)), [*best[i][1], group]))
             best.append(min(options, key=lambda o: o[0]))
-        return self._joined(join, branches, best[count][1], after)
+        return self._joined(join, branches, best[-1][1], after)
 
     def _joined(
         self, join: Join, branches: list[_Option], groups: list[tuple[int, ...]], area: Fraction
@@ -350,8 +360,12 @@ class Planner:
             last = chain.parts[right[0]]
             where = g.path or f.path or str(last.node)
             both = self._combine("chain", f, g)
+            apart = ((f, areas[left[1]]), (g, areas[right[1]]))
             if isinstance(both, Operator):
-                refusal = self._dear(both, (f, areas[left[1]]), (g, areas[right[1]]), areas[right[1]])
+                refusal = self._dear(both, *apart, areas[right[1]])
+            elif _multipliable(f, g):
+                numbers = self._dear(algebra.product(f, g), *apart, areas[right[1]]).detail
+                refusal = replace(both, detail=f"{both.detail}; merged, {numbers}" if both.detail else numbers)
             else:
                 refusal = both
             notes.append(refusal.at(where))
@@ -395,25 +409,62 @@ class Planner:
         )
 
     def _refused_nodes(self) -> list[Refusal]:
-        """Refusals of the view, and batch norms and scales cut off from the layer before them."""
+        """Refusals of the view, joins of several tensors, and batch norms with nothing to join."""
         notes = list(self.view.refused.values())
         for node, affine in self.view.affine.items():
-            if affine.kind != "unary" or affine.op.kind != "scale" or affine.op.law != "batch_norm":
-                continue
-            source = affine.inputs[0][0]
-            before = self.view.affine.get(source)
-            readers = self.view.data_users(source)
-            if before is None or before.kind != "unary" or not before.op.weighted or readers == [node]:
-                continue
-            others = ", ".join(u.name for u in readers if u is not node)
-            both = self._combine("chain", before.op, affine.op)
-            reason = both if isinstance(both, Refusal) else Refusal(
-                "the output of the layer before it is read elsewhere too",
+            if affine.kind != "unary":
+                notes += self._several_sources(node, affine)
+            elif affine.op.law == "batch_norm":
+                notes += self._lonely_norm(node, affine)
+        return notes
+
+    def _several_sources(self, node: Node, affine: Affine) -> list[Refusal]:
+        """Convolutions that meet in a join without having started at one tensor."""
+        if node in self.joined:
+            return []
+        before = [self.view.affine.get(source) for source, _ in affine.inputs]
+        paths = [a.op.path for a in before if a is not None and a.kind == "unary" and (a.op.weighted or a.op.path)]
+        if not paths:
+            return []
+        verb = "summed" if affine.kind == "sum" else "concatenated"
+        reason = f"what is {verb} does not start at one tensor: something between is not linear"
+        return [Refusal(reason, where=paths[0], detail=f"at {node.name}")]
+
+    def _lonely_norm(self, node: Node, affine: Affine) -> list[Refusal]:
+        """A batch norm that stayed because of what comes before and after it."""
+        source = affine.inputs[0][0]
+        before, readers = self.view.affine.get(source), self.view.data_users(source)
+        if node in self.fused:
+            return []
+        if before is None or before.kind != "unary":
+            reason = "batch_norm follows no convolution or linear layer of constant weight that could absorb it"
+            return [Refusal(reason, where=affine.op.path, detail=f"after {source.name}")]
+        if not before.op.weighted or readers == [node]:
+            return []
+        both = self._combine("chain", before.op, affine.op)
+        if isinstance(both, Refusal):
+            return [both.at(affine.op.path)]
+        others = ", ".join(u.name for u in readers if u is not node)
+        return [
+            Refusal(
+                "the output of the layer before batch_norm is read elsewhere too",
+                where=affine.op.path,
                 detail=f"by {others}",
                 remedy="read the normalized tensor there instead",
             )
-            notes.append(reason.at(affine.op.path))
-        return notes
+        ]
+
+
+def _steps(join: Join) -> Iterator[Step]:
+    """Every step below a join, branch by branch."""
+    for part in (p for b in join.branches for p in b.parts):
+        yield from (part,) if isinstance(part, Step) else _steps(part)
+
+
+def _multipliable(f: Operator, g: Operator) -> bool:
+    """Whether the two are convolutions whose product has a cost to compare."""
+    meet = f.spatial == g.spatial and f.out_channels == g.in_channels
+    return meet and f.weighted and g.weighted and not (f.transposed or g.transposed)
 
 
 def _rank(op: Operator | Refusal) -> int:
@@ -427,6 +478,15 @@ def _plus(a: Price, b: Price) -> Price:
 
 def _number(value: Fraction) -> str:
     return f"{float(value):,.6g}"
+
+
+def _fused_nodes(segments: Iterable[Segment]) -> Iterator[Node]:
+    for segment in segments:
+        if isinstance(segment, Fuse):
+            yield from (n for p in segment.parts for n in part_nodes(p))
+        elif isinstance(segment, Rejoin):
+            for piece in segment.pieces:
+                yield from _fused_nodes(piece)
 
 
 def _changes(segment: Segment) -> bool:
