@@ -26,7 +26,7 @@ class _Concat(nn.Module):
 class _Split(_Concat):
     def forward(self, x):  # type: ignore[no-untyped-def]
         parts = x.chunk(len(self.branches), dim=1)
-        return torch.cat([branch(part) for branch, part in zip(self.branches, parts, strict=False)], dim=1)
+        return torch.cat([branch(parts[i]) for i, branch in enumerate(self.branches)], dim=1)
 
 
 @register
