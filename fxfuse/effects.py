@@ -89,11 +89,10 @@ class Effects:
         """A node after `start` and before `stop`, not in `inside`, that may write `value`."""
         if not self.writes:
             return None
-        own, kind = set(inside), self.classes[value]
-        for writer, targets in self.writes.items():
-            inside_window = start < self.position[writer] < stop and writer not in own
-            if inside_window and any(self.classes[t] == kind for t in targets):
-                return writer
+        own = set(inside)
+        for member in self._members[self.classes[value]]:  # a writer is in the class of what it writes
+            if member in self.writes and member not in own and start < self.position[member] < stop:
+                return member
         return None
 
 

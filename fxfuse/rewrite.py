@@ -67,7 +67,8 @@ class Rewriter:
         self.condemned: set[Node] = set()
         self.replaced: dict[Node, Node] = {}
         self.guarded: set[tuple[Node, int]] = set()
-        self.taken = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
+        self.taken: set[str] = set()  # names in use, and everything above them
+        self.above: set[str] = set()
 
     def apply(self, plan: Plan) -> tuple[Plan, tuple[Recipe, ...]]:
         """Emit every site; returns the plan as carried out (sites whose weights failed left out)."""
@@ -110,17 +111,19 @@ class Rewriter:
         kept = {str(n.target) for n in self.graph.nodes if n.op == "call_module" and n not in fused}
         kept |= {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and not set(n.users) <= fused}
         self.taken = kept
+        self.above = {a for name in kept for a in _above(name)}
 
     def _name(self, op: Operator) -> str:
         """Path of the layer for `op`: that of the weight it replaces, made unique if still in use."""
         if op not in self.names:
             base = op.path or "fused"
             name, count = base, 0
-            while any(name == t or t.startswith(name + ".") or name.startswith(t + ".") for t in self.taken):
+            while name in self.taken or name in self.above or not self.taken.isdisjoint(_above(name)):
                 count += 1
                 name = f"{base}_{count}"
             self.names[op] = name
             self.taken.add(name)
+            self.above.update(_above(name))
             self.layers[name] = self.built[op]
         return self.names[op]
 
@@ -320,6 +323,12 @@ def fused_operators(segments: Iterable[Segment]) -> list[Operator]:
         elif isinstance(segment, Rejoin):
             found += [op for piece in segment.pieces for op in fused_operators(piece)]
     return found
+
+
+def _above(name: str) -> list[str]:
+    """`a` and `a.b` for `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _fused_parts(segments: Iterable[Segment]) -> list[Any]:
