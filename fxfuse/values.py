@@ -7,7 +7,8 @@ A weight is [N, C/g, *K] with the output channels first, for transposed convolut
 from __future__ import annotations
 
 import math
-from functools import lru_cache, reduce
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,22 +42,21 @@ def compute(op: Operator, source: Values) -> Numbers:
     """Weight and bias of `op` with its constants looked up in `source`."""
     if op.law in LEAVES:
         return LEAVES[op.law](op, source)
+    if op.law in ("sum", "concat"):
+        return _branches(op, source)
     parts = [compute(o, source) for o in op.operands]
     if op.law == "compose":
         f, g = op.operands
         if g.groups == g.out_channels == f.out_channels and not any(k > 1 for k in g.kernel):
             return _scaled(*parts)
         return _compose(op, f, g, *parts)
-    parts = [p.plain() for p in parts]
+    weight, bias, _ = parts[0].plain()
     if op.law == "rows":
         rows = list(op.const("rows"))
-        weight, bias, _ = parts[0]
         return Numbers(weight[rows], None if bias is None else bias[rows])
-    if op.law == "dense":
-        inner = op.operands[0]
-        full = op.reads is None and inner.reads is not None
-        return Numbers(_dense(inner, parts[0].weight, op.groups, full), parts[0].bias)
-    return _branches(op, parts)
+    inner = op.operands[0]
+    full = op.reads is None and inner.reads is not None
+    return Numbers(_dense(inner, weight, op.groups, full), bias)
 
 
 def double(tensor: Tensor) -> Tensor:
@@ -174,18 +174,30 @@ def _compose(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers)
             shift = torch.bmm(grouped.sum(2), b1.reshape(g.groups, -1, 1)).flatten()
     else:
         a = _split(_dense(f, w1, op.groups), op.groups)
-        b = _split(_dense(g, w2, op.groups), op.groups).transpose(-1, -2)
-        b = torch.empty(b.shape, dtype=a.dtype, device=b.device).copy_(b)  # one pass: permuted and widened
         columns = a.flatten(2)
         if b1 is not None:  # the constant is one more input channel
             columns = torch.cat([columns, b1.reshape(op.groups, -1, 1)], 2)
-        product = torch.bmm(b.flatten(1, 2), columns).reshape(count, b.shape[2], -1)
+        product = _multiplied(_split(_dense(g, w2, op.groups), op.groups), columns)
         shift = None if b1 is None else product[..., -1].sum(1)
-        product = product[..., : a.shape[2] * a.shape[3]].unflatten(-1, a.shape[2:]).transpose(-1, -2)
+        product = product[..., : a.shape[2] * a.shape[3]].reshape(*product.shape[:2], *a.shape[2:])
+        product = product.transpose(-1, -2)
     if shift is not None and two.scale is not None:
         shift = shift * two.scale
     bias = two.bias if shift is None else shift if two.bias is None else shift + two.bias
     return Numbers(_placed(op, f, g, product), bias, two.scale)
+
+
+def _multiplied(rows: Tensor, columns: Tensor) -> Tensor:
+    """[G, n, m, taps] times [G, m, c] as [G*n, taps, c], a run of rows at a time permuted and widened."""
+    groups, count, middle, taps = rows.shape
+    product = columns.new_empty(groups, count, taps, columns.shape[-1])
+    run = max(1, BLOCK // max(1, groups * middle * taps))
+    for start in range(0, count, run):
+        some = rows[:, start : start + run].transpose(-1, -2)
+        wide = torch.empty(some.shape, dtype=columns.dtype, device=columns.device).copy_(some)
+        result = torch.bmm(wide.flatten(1, 2), columns)
+        product[:, start : start + run] = result.reshape(groups, -1, taps, columns.shape[-1])
+    return product.flatten(0, 1)
 
 
 def _taps(op: Operator, weight: Tensor) -> Tensor:
@@ -240,21 +252,34 @@ def _dense(f: Operator, weight: Tensor, groups: int, full: bool = False) -> Tens
     return weight
 
 
-def _branches(op: Operator, parts: list[Numbers]) -> Numbers:
-    """Sum or concatenation: every branch spread over the taps of the result."""
-    dtype = reduce(torch.promote_types, [p.weight.dtype for p in parts])
-    width = op.input_width // op.groups
-    weight = torch.zeros(op.out_channels, width, *op.kernel, dtype=dtype, device=parts[0].weight.device)
-    bias = torch.zeros(op.out_channels, dtype=dtype, device=weight.device)
+def _branches(op: Operator, source: Values) -> Numbers:
+    """Sum or concatenation: every branch added in its place, one after the other."""
+    wide = torch.complex128 if op.dtype is not None and op.dtype.is_complex else torch.float64
+    weight = bias = None
     start = 0
-    for branch, numbers in zip(op.operands, parts, strict=True):
+    for branch in _summands(op) if op.law == "sum" else op.operands:
+        numbers = compute(branch, source)
+        if weight is None or bias is None:
+            device = numbers.weight.device
+            weight = torch.zeros(op.out_channels, op.input_width // op.groups, *op.kernel, dtype=wide, device=device)
+            bias = torch.zeros(op.out_channels, dtype=wide, device=device)
         rows = slice(start, start + branch.out_channels) if op.law == "concat" else slice(None)
         start += branch.out_channels
         own = _dense(branch, numbers.weight, op.groups) if op.law == "sum" else numbers.weight
-        weight[(rows, slice(None), *_places(op, branch))] += own
+        where = (rows, slice(None), *_places(op, branch))
+        place = weight[where]
+        for part, block in _blocks(own, numbers.scale):
+            place[part] += block
         if numbers.bias is not None:
             bias[rows] += numbers.bias
+    assert weight is not None
     return Numbers(weight, bias if op.bias else None)
+
+
+def _summands(op: Operator) -> Iterator[Operator]:
+    """The summands of a sum of sums: one accumulator is enough for all of them."""
+    for branch in op.operands:
+        yield from _summands(branch) if branch.law == "sum" else (branch,)
 
 
 def _places(op: Operator, branch: Operator) -> list[slice]:
@@ -270,25 +295,31 @@ def _places(op: Operator, branch: Operator) -> list[slice]:
 
 
 def rounded(numbers: Numbers, dtype: torch.dtype) -> Tensor | None:
-    """The weight in `dtype`, rounded once; None where a number is not finite there.
-
-    Computed in blocks of rows that stay in the cache: nothing larger is ever held in float64.
-    """
-    weight, scale = numbers.weight, numbers.scale
+    """The weight in `dtype`, rounded once; None where a number is not finite there."""
+    weight = numbers.weight
     if weight.device.type == "meta":
         return weight.to(dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    rows = max(1, BLOCK // max(1, weight[:1].numel())) if weight.device.type == "cpu" else len(weight)
-    wide = torch.complex128 if weight.is_complex() else torch.float64
-    block = torch.empty(weight[:rows].shape, dtype=wide, device=weight.device)
-    for start in range(0, len(weight), rows):
-        part, here = weight[start : start + rows], out[start : start + rows]
-        if scale is None:
-            here.copy_(part)
-        else:
-            now = block[: len(part)].copy_(part)
-            here.copy_(now.mul_(scale[start : start + rows].reshape(-1, *[1] * (part.dim() - 1))))
+    for part, block in _blocks(weight, numbers.scale):
+        here = out[part].copy_(block)
         low, high = torch.aminmax(torch.view_as_real(here) if here.is_complex() else here)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             return None
     return out
+
+
+def _blocks(weight: Tensor, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of rows, scaled and in double precision, that stay in the cache while they are used.
+
+    Nothing larger is held in double precision on their account. A block is valid until the next.
+    """
+    rows = max(1, BLOCK // max(1, weight[:1].numel())) if weight.device.type == "cpu" else max(1, len(weight))
+    wide = torch.complex128 if weight.is_complex() else torch.float64
+    block = torch.empty(weight[:rows].shape, dtype=wide, device=weight.device) if scale is not None else weight
+    for start in range(0, len(weight), rows):
+        part = slice(start, min(start + rows, len(weight)))
+        if scale is None:
+            yield part, weight[part]
+            continue
+        now = block[: part.stop - start].copy_(weight[part])
+        yield part, now.mul_(scale[part].reshape(-1, *[1] * (weight.dim() - 1)))
