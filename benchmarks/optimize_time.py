@@ -1,0 +1,181 @@
+"""Time of fxfuse.optimize against tracing alone, and its peak memory against the model's weights.
+
+    python benchmarks/optimize_time.py [MODEL ...] [--rounds N] [--threads N] [--no-memory]
+
+Time: both run in one process, interleaved, with a garbage collection between. The baseline records the graph
+and builds a GraphModule of it, which is what torch.fx.symbolic_trace does, with a tracer that can also record
+the item assignments of diverse branch blocks. Printed are medians, and quartiles of the ratio per round.
+A ratio must not exceed 4 on the four networks, and on the longest chain not 1.3 times that of the
+shortest: neither may grow faster than the graph.
+
+Memory: measured in a fresh process that has optimized something small before, so that all code is loaded.
+"growth" is the high-water mark of resident memory during optimize, minus what was resident before, over the
+bytes of the model's parameters and buffers. "peak" is growth + 1: all that is held beyond the process itself,
+the model's own weights included. It must not exceed 2.5: the model, the result (about as large), and half
+a model of intermediate tensors, graph and slack of the allocator, which counts too and weighs more on small
+models. Chains have next to no weights, so their memory says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
+
+import fxfuse  # noqa: E402
+from fxfuse.capture import FuseTracer  # noqa: E402
+
+MAX_RATIO, MAX_GROWTH_OF_RATIO, MAX_PEAK = 4.0, 1.3, 2.5
+NETWORKS = ("repvgg_a0", "mobileone_s0", "resnet50", "dbb_resnet18")
+CHAINS = ("chain_1k", "chain_3k", "chain_10k", "chain_30k")
+
+
+def build(name: str) -> nn.Module:
+    """The model of that name, in eval mode."""
+    if name in CHAINS:
+        triples = int(name.removeprefix("chain_").removesuffix("k")) * 1000 // 3
+        layers = [m for _ in range(triples) for m in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())]
+        return nn.Sequential(*layers).eval()
+    if name == "dbb_resnet18":
+        from blocks import dbb_resnet18
+
+        return dbb_resnet18().eval()
+    from torchvision_ops import declare_missing_ops
+
+    declare_missing_ops()
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    return model.eval()
+
+
+def trace(model: nn.Module) -> GraphModule:
+    return GraphModule(model, FuseTracer().trace(model))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    gc.collect()
+    start = time.perf_counter()
+    result = work()
+    taken = time.perf_counter() - start
+    del result
+    return taken
+
+
+def measure_time(name: str, rounds: int) -> dict[str, float]:
+    model = build(name)
+    nodes = len(trace(model).graph.nodes)
+    fxfuse.optimize(model)
+    traced, optimized = [], []
+    for number in tqdm(range(rounds), name, leave=False, disable=not sys.stderr.isatty()):
+        for kind in ("trace", "optimize") if number % 2 == 0 else ("optimize", "trace"):
+            if kind == "trace":
+                traced.append(seconds(lambda: trace(model)))
+            else:
+                optimized.append(seconds(lambda: fxfuse.optimize(model)))
+    ratios = [o / t for o, t in zip(optimized, traced, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "nodes": nodes,
+        "trace_ms": 1e3 * statistics.median(traced),
+        "optimize_ms": 1e3 * statistics.median(optimized),
+        "low": low,
+        "ratio": ratio,
+        "high": high,
+    }
+
+
+def measure_memory(name: str) -> dict[str, float]:
+    """Runs in a process of its own: the high-water mark cannot be taken back everywhere."""
+    fxfuse.optimize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval())
+    model = build(name)
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    gc.collect()
+    try:  # on Linux the mark can be set back to what is resident now, and belongs to this process alone
+        Path("/proc/self/clear_refs").write_text("5")
+        mark = _high_water
+    except OSError:
+        mark = _max_resident
+    before = mark()
+    fused = fxfuse.optimize(model)
+    growth = mark() - before
+    del fused
+    return {"weights": weights, "growth": growth / weights, "peak": growth / weights + 1}
+
+
+def _high_water() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _max_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_own_process(name: str, threads: int) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__).resolve()), name, "--memory-of-one", f"--threads={threads}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Time and memory of fxfuse.optimize.")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"any timm model, or of {', '.join(CHAINS)}")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds for each model, at least 2")
+    parser.add_argument("--threads", type=int, help="of torch; 1 is steadier where other work shares the cores")
+    parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument("--memory-of-one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of_one:
+        print(json.dumps(measure_memory(args.models[0])))
+        return 0
+    rows, failed, shortest = [], 0, None
+    for name in args.models or (*NETWORKS, *CHAINS):
+        t = measure_time(name, max(2, args.rounds))
+        memory = {} if args.no_memory or name in CHAINS else in_own_process(name, torch.get_num_threads())
+        problems = []
+        if name in CHAINS:
+            shortest = shortest or t["ratio"]
+            if t["ratio"] > MAX_GROWTH_OF_RATIO * shortest:
+                problems.append(f"ratio > {MAX_GROWTH_OF_RATIO} x {shortest:.2f}")
+        elif t["ratio"] > MAX_RATIO:
+            problems.append(f"ratio > {MAX_RATIO}")
+        if memory and memory["peak"] > MAX_PEAK:
+            problems.append(f"peak > {MAX_PEAK}")
+        failed += bool(problems)
+        ratio = f"{t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f})"
+        row = [name, f"{t['nodes']:,}", f"{t['trace_ms']:.1f}", f"{t['optimize_ms']:.1f}", ratio]
+        if memory:
+            row += [f"{memory['weights'] / 1e6:.1f}", f"{memory['growth']:.2f}", f"{memory['peak']:.2f}"]
+        else:
+            row += [""] * 3
+        rows.append([*row, ", ".join(problems) or "ok"])
+    heads = "model", "nodes", "trace ms", "optimize ms", "ratio (quartiles)", "weights MB", "growth", "peak", "verdict"
+    print(tabulate(rows, heads, "simple", disable_numparse=True))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {max(2, args.rounds)} rounds")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
