@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from . import values
+from .proof import bias_is
 from .record import Ints, Operator
 from .refusal import Refusal
 
@@ -44,9 +44,7 @@ def product(f: Operator, g: Operator) -> Operator:
     geometry = [_chain_taps(f, g, d) for d in range(f.spatial or 0)]
     kernel = tuple(k for k, _ in geometry)
     dilation = tuple(d for _, d in geometry)
-    padding = tuple(
-        (a[0] + s * b[0], a[1] + s * b[1]) for a, b, s in zip(f.padding, g.padding, f.stride, strict=True)
-    )
+    padding = tuple((a[0] + s * b[0], a[1] + s * b[1]) for a, b, s in zip(f.padding, g.padding, f.stride, strict=True))
     source = f if f.transposed else g
     return _permuted(
         replace(
@@ -91,6 +89,8 @@ def concat(ops: Sequence[Operator]) -> Result:
         return refusal
     if any(o.transposed for o in ops):
         return Refusal("transposed convolutions are not concatenated")
+    if ops[0].spatial is None:
+        return Refusal("nothing that is concatenated has a known number of channels")
     reads = [o.reads if o.reads is not None else tuple(range(o.in_channels)) for o in ops]
     joined = tuple(c for r in reads for c in r)
     rows = {o.out_channels // o.groups for o in ops}
@@ -118,20 +118,19 @@ def densify(op: Operator, groups: int, full: bool = False) -> Operator:
     """
     if op.groups == groups and (not full or op.reads is None):
         return op
-    return replace(
-        op, **_made_of("dense", op), groups=groups, reads=None if full else op.reads
-    )
+    return replace(op, **_made_of("dense", op), groups=groups, reads=None if full else op.reads)
 
 
 def _made_of(law: str, *operands: Operator) -> dict[str, Any]:
     """The fields every combination shares; it goes by the path of the heaviest weight inside."""
     heaviest = max(operands, key=lambda o: (o.weighted, o.macs, bool(o.path)))
     kinds = [o.kind for o in operands]
+    plain = "scale" if law == "sum" else "select"  # x + x is no identity, nor is cat([x, x])
     return {
         "law": law,
         "operands": operands,
         "consts": (),
-        "kind": next((k for k in ("conv", "pool", "pad", "scale", "select") if k in kinds), "identity"),
+        "kind": next((k for k in ("conv", "pool", "pad", "scale", "select") if k in kinds), plain),
         "dtype": next((o.dtype for o in operands if o.dtype), None),
         "path": heaviest.path,
         "transposed": any(o.transposed for o in operands),
@@ -186,7 +185,7 @@ def _ring_matches(f: Operator, g: Operator) -> bool:
     """Whether f, fed zeros, gives on every channel the value that g pads with."""
     if not f.bias:
         return isinstance(g.pad_value, (int, float)) and g.pad_value == 0
-    return values.bias_is(f, g.pad_value)
+    return bias_is(f, g.pad_value)
 
 
 def _border(f: Operator, g: Operator) -> Refusal | None:
@@ -232,9 +231,7 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
     per_group = f.out_channels // f.groups
     width = f.input_width // f.groups
     chunks = [rows[i : i + per_group] for i in range(0, len(rows), per_group)]
-    whole = f.groups > 1 and all(
-        len(c) == per_group and len({r // per_group for r in c}) == 1 for c in chunks
-    )
+    whole = f.groups > 1 and all(len(c) == per_group and len({r // per_group for r in c}) == 1 for c in chunks)
     if whole:
         source = f.reads if f.reads is not None else tuple(range(f.in_channels))
         reads = tuple(source[i] for c in chunks for i in _block(c[0] // per_group, width))
@@ -279,20 +276,14 @@ def _unite_taps(ops: Sequence[Operator]) -> Result:
     """The operators on the smallest common grid of taps; groups and channels are the caller's."""
     first = ops[0]
     kernel, dilation, padding = [], [], []
-    same = all(
-        (o.kernel, o.dilation, o.padding) == (first.kernel, first.dilation, first.padding) for o in ops
-    )
+    same = all((o.kernel, o.dilation, o.padding) == (first.kernel, first.dilation, first.padding) for o in ops)
     if first.transposed and not (same and all(o.output_padding == first.output_padding for o in ops)):
         return Refusal("transposed convolutions of different geometry")
     for d in range(first.spatial or 0):
         reach = {sum(o.padding[d]) - o.dilation[d] * (o.kernel[d] - 1) for o in ops}
         if len(reach) > 1:
-            return Refusal(
-                "the branches give different output sizes", detail=", ".join(o.describe() for o in ops)
-            )
-        offsets = sorted(
-            {i * o.dilation[d] - o.padding[d][0] for o in ops for i in range(o.kernel[d])}
-        )
+            return Refusal("the branches give different output sizes", detail=", ".join(o.describe() for o in ops))
+        offsets = sorted({i * o.dilation[d] - o.padding[d][0] for o in ops for i in range(o.kernel[d])})
         start = min(offsets[0], 0)
         step = math.gcd(*(o - start for o in offsets)) or 1
         # one tap more at the far end keeps the size right when every branch stops short of it
@@ -307,9 +298,9 @@ def _unite_taps(ops: Sequence[Operator]) -> Result:
     if len(modes) > 1:
         return Refusal("the branches pad with different modes or values")
     mode, value = modes.pop() if modes else ("zeros", 0)
-    if mode != "zeros" or value != 0:
-        if not same and tuple(padding) not in {o.padding for o in padders}:
-            return Refusal(f"the union of the branches needs more {mode} padding than each of them")
+    grows = not same and tuple(padding) not in {o.padding for o in padders}
+    if grows and (mode, value) != ("zeros", 0):
+        return Refusal(f"the union of the branches needs more {mode} padding than each of them")
     return replace(
         first,
         **_made_of("sum", *ops),

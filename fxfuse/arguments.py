@@ -83,15 +83,15 @@ def layout(fact: Fact, spatial: int | None = None) -> tuple[int | None, int | No
     which is then assumed and guarded; with fewer the alternatives are all common, so no guess.
     """
     if fact.rank is not None:
-        return (fact.rank - 2, None) if fact.rank >= 2 else (None, None)
-    if fact.high == fact.low + 1 and fact.high >= 4:
-        return fact.high - 2, fact.high
-    return None, None
+        return (fact.rank - 2, fact.taken) if fact.rank >= 2 else (None, None)
+    return (None, None) if fact.likely is None else (fact.likely - 2, fact.likely)
 
 
 def axis_layout(fact: Fact, dim: Any) -> tuple[int, int | None]:
     """(spatial dims, assumed rank) if `dim` is to be the channel axis."""
     axis, assumes = fact.axis(dim), None
+    if axis is not None and dim >= 0:
+        assumes = fact.taken
     if axis is None and dim == 1:
         spatial, assumes = layout(fact)
         axis = None if spatial is None else -spatial - 1

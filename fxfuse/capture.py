@@ -2,138 +2,129 @@
 
 from __future__ import annotations
 
-import operator
+import contextlib
+import os
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx import Graph, GraphModule, Node
 
+from .guards import guarded
 from .refusal import CaptureError
+from .tracer import CHECKED
+from .tracer import HOOKS as HOOKS
+from .tracer import FuseTracer as FuseTracer
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+_LIBRARIES = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(__file__) + os.sep,
+    contextlib.__file__,
+    "<",
 )
-
-
-class _Proxy(Proxy):
-    """A proxy that also records `x[i] = v`, which torch's own cannot."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-class FuseTracer(Tracer):
-    """Records item assignment; keeps every module whose call is more than its forward whole."""
-
-    def __init__(self, proxy_buffers: bool = True) -> None:
-        super().__init__()
-        self.proxy_buffer_attributes = proxy_buffers
-
-    def proxy(self, node: Node) -> Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return has_hooks(m) or "forward" in m.__dict__ or super().is_leaf_module(m, module_qualified_name)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        node = super().create_node(*args, **kwargs)
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise CaptureError("the forward enters torch.autocast, which a graph cannot hold")
-        return node
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in HOOKS)
+REMEDY = (
+    "optimize the submodules around that line one by one, or make the line independent of its input's data and size"
+)
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One graph, the module it reads its state from, and tensors that only the trace knows."""
+    """One graph, the module it reads its state from, and tensors that only the trace knows.
+
+    `whole` are the submodules that stay one call each, by path, with what kept them from being traced.
+    """
 
     graph: Graph
     root: nn.Module
     constants: dict[str, Tensor] = field(default_factory=dict)
     how: str = "symbolic"
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
-def capture(model: nn.Module) -> Captured:
-    """Trace `model` with torch.fx.
+def capture(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Captured:
+    """Trace `model` with torch.fx; a submodule that does not trace stays whole.
+
+    Parameters of the forward with a default are taken to have it, unless `inputs` set them or the graph
+    is the same for every value; the graph checks that when it runs.
 
     Raises:
-        CaptureError: the model does not trace; the message names the line that stopped it.
+        CaptureError: the model itself does not trace; the message names the line that stopped it.
     """
-    if "forward" in model.__dict__:
-        raise CaptureError(
-            f"{type(model).__name__} has a forward set on the instance, which tracing would ignore; "
-            "define it on the class"
-        )
-    if model.__dict__.get("_compiled_call_impl") is not None:
-        raise CaptureError(f"{type(model).__name__} was compiled in place; optimize it before calling .compile()")
+    _refuse_more_than_forward(model)
+    given = len(inputs or ())
+    while given and not isinstance((inputs or ())[given - 1], Tensor):
+        given -= 1
     error: Exception | None = None
     for proxy_buffers in (True, False):
-        # a forward that branches on a buffer's value traces only when buffers stay tensors
-        with _restored(model, copy_buffers=not proxy_buffers) as created:
-            tracer = FuseTracer(proxy_buffers)
+        try:
+            fixed = _trace(model, FuseTracer(proxy_buffers, given))
+        except Exception as e:  # what a forward raises on proxies can be anything
+            error = error or e
+            continue
+        names = {str(n.target) for n in fixed.graph.nodes if n.op == "placeholder" and CHECKED in n.meta}
+        if names:
             try:
-                graph = tracer.trace(model)
-            except Exception as e:  # what a forward raises on proxies can be anything
-                error = error or e
-                continue
-        for node in graph.nodes:
-            if isinstance(node.type, str):  # an unresolved annotation, which could not be pickled
-                node.type = None
-        tensors = {n: t for n, t in created.items() if isinstance(t, Tensor)}
-        return Captured(graph, model, tensors)
+                general = _trace(model, FuseTracer(proxy_buffers))
+            except Exception:  # it traces with its defaults alone
+                return fixed
+            if _signature(general.graph, names) == _signature(fixed.graph, names):
+                return general
+        return fixed
     assert error is not None
-    raise CaptureError(_explain(model, error)) from error
+    raise CaptureError(f"{type(model).__name__} cannot be traced{_where(error)}; {REMEDY}") from error
 
 
-@contextmanager
-def _restored(model: nn.Module, copy_buffers: bool) -> Iterator[dict[str, Any]]:
-    """Undo what tracing does to the modules: attributes set, counters raised, buffers written.
-
-    Yields a dict that holds, afterwards, what tracing added to the root: its tensor constants.
-    """
-    modules = list(model.modules())
-    tables = ("_parameters", "_buffers", "_modules")
-    saved = [(m, dict(m.__dict__), [dict(m.__dict__[t]) for t in tables]) for m in modules]
-    buffers = [(b, b.clone()) for b in model.buffers()] if copy_buffers else []
-    grad = torch.is_grad_enabled()
-    created: dict[str, Any] = {}
-    try:
-        yield created
-    finally:
-        torch.set_grad_enabled(grad)
-        created.update({k: v for k, v in model.__dict__.items() if k not in saved[0][1]})
-        for module, attributes, contents in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for table, content in zip(tables, contents, strict=True):
-                module.__dict__[table].clear()
-                module.__dict__[table].update(content)
-        with torch.no_grad():
-            for buffer, copy in buffers:
-                if not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
+def _refuse_more_than_forward(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(f"{name} is a scripted module, which has no forward in Python; optimize it before scripting")
+    if "forward" in model.__dict__:
+        raise CaptureError(
+            f"{name} has a forward set on the instance, which tracing would ignore; define it on the class"
+        )
+    if model.__dict__.get("_compiled_call_impl") is not None:
+        raise CaptureError(f"{name} was compiled in place; optimize it before calling .compile()")
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise CaptureError(f"{name} has lazy parameters that no input has shaped yet; run it once first")
+    calls = type(model)._call_impl is not nn.Module._call_impl
+    if calls or not (type(model).__call__ is nn.Module.__call__ or isinstance(model, GraphModule)):
+        raise CaptureError(f"{name} has a __call__ of its own, which tracing would ignore; put it into forward")
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise CaptureError("a global module hook is registered, which fused layers would skip; remove it first")
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
-    """One line: the innermost line of the user's own code, and what to do about it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith("<")]
-    own = [f for f in own if f.filename != __file__]
-    place = f"{own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else "unknown line"
+def _trace(model: nn.Module, tracer: FuseTracer) -> Captured:
+    with guarded(model) as created:
+        graph = tracer.trace(model)
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # an unresolved annotation, which could not be pickled
+            node.type = None
+    tensors = {n: t for n, t in created.items() if isinstance(t, Tensor)}
+    called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    whole = {p: _where(e).removeprefix(" at ").lstrip(": ") for p, e in tracer.whole.items() if p in called}
+    return Captured(graph, model, tensors, whole=whole)
+
+
+def _signature(graph: Graph, names: set[str]) -> list[Any]:
+    """What a graph computes when the parameters `names` have their defaults, for comparison."""
+    seen: dict[Node, Any] = {}
+    found: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target in names:
+            seen[node] = node.args[0]
+        elif CHECKED not in node.meta:
+            args = torch.fx.map_arg((node.args, node.kwargs), lambda n: seen[n])
+            found.append((node.op, str(node.target), repr(args)))
+            seen[node] = f"%{len(found)}"
+    return found
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the user's own code and what it raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
     text = str(error).strip().splitlines()
-    reason = text[0] if text else type(error).__name__
-    return (
-        f"{type(model).__name__} cannot be traced at {place}: {reason.rstrip('.')}; optimize the submodules "
-        "around that line one by one, or make the line independent of its input's data and size"
-    )
+    return f"{place}: {(text[0] if text else type(error).__name__).rstrip('.')}"

@@ -50,7 +50,7 @@ class Sequence:
 
 def freeze(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return Sequence(type(value).__name__, tuple(freeze(v) for v in value))
+        return Sequence("list" if isinstance(value, list) else "tuple", tuple(freeze(v) for v in value))
     if isinstance(value, slice):
         return Sequence("slice", (freeze(value.start), freeze(value.stop), freeze(value.step)))
     return value

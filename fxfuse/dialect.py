@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .capture import has_hooks
 from .constants import Attr
+from .layers import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, layer_type, replaced_forward
 from .refusal import Refusal
+from .tracer import has_hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,27 +131,6 @@ ELEMENTWISE_MODULES = (
     nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Softmax2d,
 )  # fmt: skip
 
-_CONVS = {
-    nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3,
-    nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3,
-}  # fmt: skip
-_NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
-_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_PADS = {
-    getattr(nn, f"{name}Pad{d}d"): mode
-    for d in (1, 2, 3)
-    for name, mode in (
-        ("Constant", "constant"),
-        ("Zero", "constant"),
-        ("Reflection", "reflect"),
-        ("Replication", "replicate"),
-        ("Circular", "circular"),
-    )
-}
-_TYPES = (*_CONVS, *_NORMS, *_POOLS, *_DROPOUTS, *_PADS, nn.Linear, nn.Identity, nn.ChannelShuffle)
-_FORWARDS = {t: t.forward for t in _TYPES}
-
 
 def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
     """The canonical call behind `node`, or None for what fxfuse has no name for.
@@ -169,40 +149,40 @@ def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
 
 
 def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
-    cls = type(m)
-    if cls not in _FORWARDS:
-        if isinstance(m, _TYPES):
-            name = next(t.__name__ for t in _TYPES if isinstance(m, t))
+    cls = layer_type(m)
+    if cls is None:
+        if isinstance(m, TYPES):
+            name = next(t.__name__ for t in TYPES if isinstance(m, t))
             reason = f"a subclass or parametrization of nn.{name} computes its own weight or forward"
             return Call("refused", {}, path=path, refusal=Refusal(reason, path, "bake it into a plain module first"))
         return None
     values = [*node.args, *node.kwargs.values()]
-    replaced = "forward" in m.__dict__ or cls.forward is not _FORWARDS[cls] or m.__dict__.get("_compiled_call_impl")
+    replaced = "forward" in m.__dict__ or replaced_forward(cls) or m.__dict__.get("_compiled_call_impl")
     if has_hooks(m) or replaced:
         why = "the module's forward was replaced" if replaced else "the module has hooks"
         return Call("refused", {}, path=path, refusal=Refusal(why, path, "remove them before optimizing"))
     if not values or len(values) > 1:
         return None
     args: dict[str, Any] = {"input": values[0]}
-    if cls in _CONVS:
+    if cls in CONVS:
         assert isinstance(m, nn.modules.conv._ConvNd)
         names = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
         args |= {n: getattr(m, n) for n in names}
         args |= {n: _state(m, n, path, attr) for n in ("weight", "bias")}
-        return Call("conv_transpose" if m.transposed else "conv", args, _CONVS[cls], path)
+        return Call("conv_transpose" if m.transposed else "conv", args, CONVS[cls], path)
     if cls is nn.Linear:
         return Call("linear", args | {n: _state(m, n, path, attr) for n in ("weight", "bias")}, 0, path)
-    if cls in _NORMS:
+    if cls in NORMS:
         assert isinstance(m, nn.modules.batchnorm._BatchNorm)
         args |= {n: _state(m, n, path, attr) for n in ("running_mean", "running_var", "weight", "bias")}
-        return Call("batch_norm", args | {"training": m.training, "eps": m.eps}, _NORMS[cls], path)
-    if cls in _POOLS:
+        return Call("batch_norm", args | {"training": m.training, "eps": m.eps}, NORMS[cls], path)
+    if cls in POOLS:
         fields = [*_POOL.split()[1:], *(["divisor_override"] if cls is not nn.AvgPool1d else [])]
-        return Call("avg_pool", args | {n: getattr(m, n) for n in fields}, _POOLS[cls], path)
-    if cls in _DROPOUTS:
+        return Call("avg_pool", args | {n: getattr(m, n) for n in fields}, POOLS[cls], path)
+    if cls in DROPOUTS:
         return Call("dropout", args | {"training": m.training}, path=path)
-    if cls in _PADS:
-        return Call("pad", args | {"pad": m.padding, "mode": _PADS[cls], "value": getattr(m, "value", 0)}, path=path)
+    if cls in PADS:
+        return Call("pad", args | {"pad": m.padding, "mode": PADS[cls], "value": getattr(m, "value", 0)}, path=path)
     if cls is nn.ChannelShuffle:
         return Call("channel_shuffle", args | {"groups": m.groups}, path=path)
     return Call("identity", args, path=path)

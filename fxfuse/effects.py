@@ -17,8 +17,9 @@ from networkx.utils import UnionFind
 from torch import nn
 from torch.fx import Graph, Node
 
-from .capture import has_hooks
 from .dialect import Call
+from .layers import layer_type
+from .tracer import has_hooks
 
 _INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
 _INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
@@ -29,8 +30,8 @@ _FRESH_CALLS |= {"cat", "pad", "flip", "index_select"}
 _FRESH_NAMES = set(
     "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid softmax log_softmax leaky_relu elu mish "
     "softplus matmul bmm mm max_pool1d max_pool2d max_pool3d adaptive_avg_pool2d adaptive_max_pool2d layer_norm "
-    "group_norm mean sum amax amin exp sqrt rsqrt pow abs clone clamp interpolate einsum stack max min eq ne lt gt "
-    "scaled_dot_product_attention bool int float_power round floor ceil size dim getattr _assert".split()
+    "group_norm mean sum amax amin exp sqrt rsqrt pow abs clone clamp interpolate stack max min eq ne lt gt "
+    "scaled_dot_product_attention float_power round floor ceil size dim getattr _assert".split()
 )
 _FRESH_MODULES = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softmax,
@@ -106,8 +107,9 @@ def _written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) ->
         return [first] if isinstance(first, Node) else []
     if node.op == "call_module":
         module = modules[str(node.target)]
-        unknown = not type(module).__module__.startswith("torch.nn.modules")
-        if unknown or has_hooks(module) or "forward" in module.__dict__:
+        own = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
+        known = own or layer_type(module) is not None
+        if not known or has_hooks(module) or "forward" in module.__dict__:
             return node.all_input_nodes
     return []
 

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from .constants import Apply, Attr
 from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
+from .dtypes import find_dtypes
 
 _POOL_NAMES = {
     f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
@@ -29,15 +30,38 @@ _POOL_MODULES = {
 
 @dataclass(slots=True)
 class Fact:
-    """Bounds on the rank, and the size of axes counted from the end where it is known."""
+    """Bounds on the rank, and the size of axes counted from the end where it is known.
+
+    `sure` are the bounds and axes that hold for every input; `low`, `high` and `axes` may come from examples.
+    """
 
     low: int = 0
     high: int = 99
     axes: dict[int, int] = field(default_factory=dict)
+    sure: Fact | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def rank(self) -> int | None:
         return self.low if self.low == self.high else None
+
+    @property
+    def likely(self) -> int | None:
+        """The rank, or the one with a batch dim where that alone is open: whoever relies on it is guarded."""
+        return self.high if self.low == self.high or (self.high == self.low + 1 and self.high >= 4) else None
+
+    @property
+    def taken(self) -> int | None:
+        """The rank where examples alone settle it, which other inputs need not have."""
+        return self.rank if self.sure is not None and self.sure.rank is None else None
+
+    @property
+    def sure_low(self) -> int:
+        return self.low if self.sure is None else self.sure.low
+
+    def channels(self, spatial: int) -> int | None:
+        """Size of the channel axis before `spatial` dims, where every input has the same."""
+        return (self.sure or self).axes.get(-spatial - 1)
 
     def at_least(self, low: int) -> None:
         self.low = max(self.low, low)
@@ -70,6 +94,18 @@ def infer(
     graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module], shapes: Mapping[Node, torch.Size]
 ) -> dict[Node, Fact]:
     """Facts of every node; `shapes` (from example inputs) are taken as they are."""
+    sure = _propagate(graph, calls, modules, {})
+    facts = _propagate(graph, calls, modules, shapes) if shapes else sure
+    dtypes = find_dtypes(graph, calls, modules, getattr(shapes, "dtypes", {}))
+    for node, fact in facts.items():
+        fact.sure = sure[node] if shapes else None
+        fact.dtype = dtypes.get(node)
+    return facts
+
+
+def _propagate(
+    graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module], shapes: Mapping[Node, torch.Size]
+) -> dict[Node, Fact]:
     facts = {n: Fact() for n in graph.nodes}
     for node, shape in shapes.items():
         facts[node] = _of_shape(tuple(shape))
@@ -116,6 +152,7 @@ def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Map
                 axis = -(call.spatial or 0) - 1
                 x.axes[axis], out.axes[axis] = pair
     elif call.op == "linear":
+        x.at_least(1)
         same_rank(x, out)
         weight = fact_of(call.args["weight"], facts)
         if weight is not None and {-1, -2} <= weight.axes.keys():
@@ -155,6 +192,7 @@ def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Map
                 same_rank(facts[tensor], out)
         elif isinstance(call.args["index"], tuple) and all(isinstance(i, slice) for i in call.args["index"]):
             same_rank(x, out)
+            _relate_slices(call.args["index"], x, out)
 
 
 def _spatial(x: Fact, out: Fact, spatial: int, channels: bool = False) -> None:
@@ -189,6 +227,16 @@ def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None
             out.axes[axis] = 1
 
 
+def _relate_slices(index: tuple[slice, ...], x: Fact, out: Fact) -> None:
+    rank = x.likely
+    if rank is None:
+        return
+    for axis, size in x.axes.items():
+        cut = index[axis + rank] if 0 <= axis + rank < len(index) else slice(None)
+        if all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
+            out.axes.setdefault(axis, len(range(*cut.indices(size))))
+
+
 def _relate_cat(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
     tensors = call.args["tensors"]
     if not isinstance(tensors, (tuple, list)):
@@ -198,7 +246,8 @@ def _relate_cat(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
         same_rank(part, out)
     for part in parts:
         same_rank(part, out)
-    axis = out.axis(call.args["dim"])
+    dim, rank = call.args["dim"], out.likely
+    axis = dim - rank if isinstance(dim, int) and dim >= 0 and rank is not None else out.axis(dim)
     if axis is not None and parts and len(parts) == len(tensors):
         sizes = [p.axes.get(axis) for p in parts]
         if all(s is not None for s in sizes):
@@ -218,7 +267,7 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
             _spatial(x, out, _POOL_MODULES[type(module)], channels=True)
     elif node.op == "call_method":
         name = str(node.target)
-        if name in ELEMENTWISE_METHODS:
+        if name in ELEMENTWISE_METHODS and (node.all_input_nodes == [source] or name == "type_as"):
             same_shape(x, out)
         elif name in ("view", "reshape", "permute"):
             shape = node.args[1] if len(node.args) == 2 else node.args[1:]
@@ -226,7 +275,7 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
                 out.at_least(len(shape))
                 out.at_most(len(shape))
     elif node.op == "call_function":
-        if node.target in ELEMENTWISE_FUNCTIONS:
+        if node.target in ELEMENTWISE_FUNCTIONS and node.all_input_nodes == [source]:
             same_shape(x, out)
         elif (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
             _spatial(x, out, _POOL_NAMES[name], channels=True)
@@ -239,7 +288,7 @@ def _relate_assert(condition: Node, facts: Mapping[Node, Fact]) -> None:
     if condition.target is not operator.eq or not isinstance(condition.args[1], int):
         return
     rank = condition.args[0]
-    if isinstance(rank, Node) and isinstance(rank.args[0], Node):
+    if isinstance(rank, Node) and rank.args and isinstance(rank.args[0], Node):
         asks = (rank.target is getattr and rank.args[1] == "ndim") or rank.target in ("dim", "ndimension")
         if asks:
             facts[rank.args[0]].at_least(condition.args[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +16,11 @@ from .constants import Apply, Attr, freeze
 from .effects import Effects
 
 _IMPURE = re.compile(
-    r"rand|dropout|bernoulli|normal|multinomial|poisson|exponential|uniform|cauchy|geometric|empty|item|numpy|"
-    r"tolist|data_ptr|backward|hook|retain_grad|share_memory|requires_grad|_assert|print|setattr|set_grad"
+    r"rand|dropout|bernoulli|normal(?!ize)|multinomial|poisson|exponential|uniform|cauchy|geometric|empty|^item$|numpy|"
+    r"tolist|data_ptr|backward|hook|retain_grad|share_memory|requires_grad|_assert|print|setattr|set_grad|"
+    r"nonzero|argwhere|unique|masked|bincount|histogram|repeat_interleave|is_|allclose|equal$"
 )
+_ASKED = {"shape", "ndim", "dtype", "T", "mT", "H", "mH", "data", "real", "imag"}
 
 
 def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], effects: Effects) -> dict[Node, Any]:
@@ -59,6 +62,8 @@ def _pure(node: Node, effects: Effects) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node in effects.writes or _IMPURE.search(name):
         return False
+    if node.target is getattr:
+        return node.args[1] in _ASKED
     if name == "batch_norm":  # weight standardisation calls it without running statistics
         return len(node.args) > 2 and node.args[1] is None and node.args[2] is None
     module = getattr(node.target, "__module__", None) or "torch"
@@ -68,6 +73,8 @@ def _pure(node: Node, effects: Effects) -> bool:
 def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> Any:
     """The constant of a node whose inputs are constants; None where it has no fixed shape."""
     function = str(node.target) if node.op == "call_method" else node.target
+    if function is operator.getitem and any(_is_mask(found[n]) for n in node.all_input_nodes[1:]):
+        return None  # a shape that depends on data
     for source in node.all_input_nodes:
         if source not in samples:
             samples[source] = _sample(found[source])
@@ -87,6 +94,10 @@ def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> A
     if isinstance(result, Tensor):
         return Apply(function, frozen, named, tuple(result.shape), result.dtype)
     return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None
+
+
+def _is_mask(const: Any) -> bool:
+    return isinstance(const, (Attr, Apply)) and const.dtype in (torch.bool, torch.uint8)
 
 
 def _sample(const: Any) -> Any:

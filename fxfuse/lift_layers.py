@@ -29,7 +29,7 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine:
     spatial = call.spatial or 0
     weight, bias = tensor(call, "weight", spatial + 2), optional(call, "bias")
     groups, transposed = call.args["groups"], call.op == "conv_transpose"
-    if not isinstance(groups, int):
+    if not isinstance(groups, int) or 0 in weight.shape:
         raise Unknown
     kernel = weight.shape[2:]
     stride, dilation = ints(call.args["stride"], spatial), ints(call.args["dilation"], spatial)
@@ -70,6 +70,8 @@ def _owner(weight: Attr | Apply, node: Node) -> str:
 
 def _linear(call: Call, facts: Facts, node: Node) -> Affine:
     weight, bias = tensor(call, "weight", 2), optional(call, "bias")
+    if 0 in weight.shape:
+        raise Unknown
     op = Operator(
         kind="conv",
         law="conv",
@@ -125,7 +127,7 @@ def _avg_pool(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     ):
         if bad:
             return Refusal(f"this average pool is no convolution: {why}")
-    channels = facts[data(call)].axes.get(-spatial - 1)
+    channels = facts[data(call)].channels(spatial)
     if channels is None:
         raise Unknown
     op = pointwise("pool", "pool", spatial, channels, path=call.path or node.name)
@@ -139,7 +141,7 @@ def _pad(call: Call, facts: Facts, node: Node) -> Affine | None:
     if not isinstance(pad, (tuple, list)) or spatial is None or not all(isinstance(p, int) and p >= 0 for p in pad):
         return None
     pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]
-    channels = fact.axes.get(-spatial - 1)
+    channels = fact.channels(spatial)
     if len(pairs) > spatial or channels is None or not isinstance(value or 0, (int, float)):
         return None
     padding = ((0, 0),) * (spatial - len(pairs)) + tuple(pairs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .arguments import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data, layout
+from .arguments import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data, ints, layout
 from .constants import Apply, Attr
 from .dialect import Call
 from .record import IDENTITY, pointwise
@@ -43,6 +43,9 @@ def _scaled(
     factor, shift = numbers
     constant = factor if isinstance(factor, (Attr, Apply)) else shift
     consts = (("factor", factor), ("inverse", inverse), ("shift", shift), ("alpha", alpha))
+    fact = facts[source]
+    if fact.dtype is None or not (fact.dtype.is_floating_point or fact.dtype.is_complex):
+        raise Unknown  # an integer would be promoted
     fields: dict[str, Any] = {"consts": consts, "bias": not (isinstance(shift, (int, float)) and shift == 0)}
     if not isinstance(constant, (Attr, Apply)):
         if not all(isinstance(n, (int, float)) for n in numbers):
@@ -50,15 +53,21 @@ def _scaled(
         return Affine("unary", ((source, 1.0),), replace(IDENTITY, kind="scale", law="scale", path=node.name, **fields))
     if constant.dtype.is_complex or constant.dtype == torch.bool:
         return None
-    fact, dims = facts[source], len(constant.shape)
+    dims = len(constant.shape)
     path = constant.path if isinstance(constant, Attr) else node.name
     wide = [i - dims for i, n in enumerate(constant.shape) if n != 1]
     assumes = None
-    if dims > fact.low:
+    if dims > fact.sure_low:
         _, assumes = layout(fact)
         if assumes is None or dims > assumes:
             return Refusal("a constant may have more dims than the tensor it meets", remedy=PASS_EXAMPLES)
-    dtype = constant.dtype if dims and constant.dtype.is_floating_point else None
+    dtype = fact.dtype
+    if dims and torch.promote_types(constant.dtype, dtype) != dtype:
+        return Refusal(
+            "a constant of a wider dtype promotes the tensor it meets",
+            detail=f"{constant.dtype} and {dtype}",
+            remedy="convert the model to one dtype with model.to(dtype)",
+        )
     if not wide:
         op = replace(IDENTITY, kind="scale", law="scale", path=path, dtype=dtype, **fields)
         return Affine("unary", ((source, 1.0),), op, assumes=assumes)
@@ -76,6 +85,8 @@ def _cat(call: Call, facts: Facts, node: Node) -> Affine:
     tensors = call.args["tensors"]
     if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Node) for t in tensors):
         raise Unknown
+    if len(tensors) == 1:
+        return Affine("unary", ((tensors[0], 1.0),), replace(IDENTITY, path=node.name))
     spatial, assumes = axis_layout(facts[node], call.args["dim"])
     return Affine("concat", tuple((t, 1.0) for t in tensors), spatial=spatial, assumes=assumes)
 
@@ -100,7 +111,7 @@ def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
     if index[0] != full or any(i != full for i in index[2:]):
         raise Unknown
     spatial, assumes = axis_layout(facts[source], 1)
-    channels = facts[source].axes.get(-spatial - 1)
+    channels = facts[source].channels(spatial)
     if channels is None or not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
         raise Unknown
     return _selected(source, tuple(range(*cut.indices(channels))), channels, spatial, node, assumes)
@@ -115,7 +126,7 @@ def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
         raise Unknown
     spatial, assumes = axis_layout(facts[source], bound["dim"])
     chunk = getattr(chunks.target, "__name__", chunks.target) == "chunk"
-    channels = facts[source].axes.get(-spatial - 1)
+    channels = facts[source].channels(spatial)
     if channels is None and chunk and isinstance(sizes, int):
         channels = _whole(chunks, sizes, -spatial - 1, facts)
     elif channels is None and isinstance(sizes, (list, tuple)) and all(isinstance(s, int) for s in sizes):
@@ -136,7 +147,8 @@ def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
 
 def _whole(chunks: Node, count: int, axis: int, facts: Facts) -> int | None:
     """Channels of a chunked tensor, from what its pieces are fed to, where all are known."""
-    sizes = {u.args[1]: facts[u].axes.get(axis) for u in chunks.users if getattr(u.target, "__name__", "") == "getitem"}
+    pieces = [u for u in chunks.users if getattr(u.target, "__name__", "") == "getitem"]
+    sizes = {u.args[1]: facts[u].channels(-axis - 1) for u in pieces}
     known = [s for i, s in sizes.items() if isinstance(i, int) and s is not None]
     return sum(known) if len(known) == count == len(sizes) else None
 
@@ -146,18 +158,17 @@ def _narrow(call: Call, facts: Facts, node: Node) -> Affine:
     spatial, assumes = axis_layout(facts[source], call.args["dim"])
     if not isinstance(start, int) or not isinstance(length, int) or start < 0:
         raise Unknown
-    channels = facts[source].axes.get(-spatial - 1)
+    channels = facts[source].channels(spatial)
     if channels is None or start + length > channels:
         raise Unknown
     return _selected(source, tuple(range(start, start + length)), channels, spatial, node, assumes)
 
 
 def _flip(call: Call, facts: Facts, node: Node) -> Affine:
-    source, dims = data(call), call.args["dims"]
-    if not isinstance(dims, (tuple, list)) or len(dims) != 1:
-        raise Unknown
-    spatial, assumes = axis_layout(facts[source], dims[0])
-    channels = facts[source].axes.get(-spatial - 1)
+    source = data(call)
+    (dim,) = ints(call.args["dims"], 1)
+    spatial, assumes = axis_layout(facts[source], dim)
+    channels = facts[source].channels(spatial)
     if channels is None:
         raise Unknown
     return _selected(source, tuple(range(channels))[::-1], channels, spatial, node, assumes)
@@ -166,7 +177,7 @@ def _flip(call: Call, facts: Facts, node: Node) -> Affine:
 def _channel_shuffle(call: Call, facts: Facts, node: Node) -> Affine:
     source, groups = data(call), call.args["groups"]
     spatial, assumes = axis_layout(facts[source], 1)
-    channels = facts[source].axes.get(-spatial - 1)
+    channels = facts[source].channels(spatial)
     if channels is None or not isinstance(groups, int):
         raise Unknown
     size = channels // groups

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .constants import Attr, Values, leaves
 from .record import Operator
 from .refusal import Refusal
-from .values import compute, rounded
+from .values import compute
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -34,7 +34,7 @@ def tensors(op: Operator, values: Values) -> tuple[Tensor, Tensor | None] | Refu
 
     with torch.no_grad():
         numbers = compute(op, reachable)
-        weight, bias = rounded(numbers, dtype), None
+        weight, bias = numbers.rounded(dtype), None
         if op.bias:
             bias = torch.zeros(op.out_channels, dtype=dtype) if numbers.bias is None else numbers.bias.to(dtype)
         if weight is None or (bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.fx import GraphModule
@@ -23,8 +25,27 @@ from .verify import verify as compare
 from .view import View, look
 
 logger = logging.getLogger("fxfuse")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _without_collection(function: Function) -> Function:
+    """No garbage collection meanwhile: graphs are all cycles, and walking them again and again while
+    they grow takes longer than making them."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if enabled:
+                gc.enable()
+
+    return cast(Function, wrapped)
+
+
+@_without_collection
 def optimize(
     model: nn.Module,
     example_inputs: Any = None,
@@ -74,6 +95,7 @@ def optimize(
     return fused
 
 
+@_without_collection
 def plan(
     model: nn.Module,
     example_inputs: Any = None,

@@ -288,10 +288,10 @@ class Planner:
         """Merge the first two groups that get cheaper by it, until no two do."""
         for a, b in combinations(groups, 2):
             together, one, two = price(a + b), price(a), price(b)
-            if together is not None and one is not None and two is not None:
-                if together < _plus(_plus(one, two), (0, Fraction(0), 1)):
-                    rest = [a + b if g == a else g for g in groups if g != b]
-                    return self._greedy(rest, price)
+            if together is None or one is None or two is None:
+                continue
+            if together < _plus(_plus(one, two), (0, Fraction(0), 1)):
+                return self._greedy([a + b if g == a else g for g in groups if g != b], price)
         return groups
 
     def _group(
@@ -319,15 +319,13 @@ class Planner:
             best.append(min(options, key=lambda o: o[0]))
         return self._joined(join, branches, best[-1][1], after)
 
-    def _joined(
-        self, join: Join, branches: list[_Option], groups: list[tuple[int, ...]], area: Fraction
-    ) -> _Option:
+    def _joined(self, join: Join, branches: list[_Option], groups: list[tuple[int, ...]], area: Fraction) -> _Option:
         """The option of a join whose branches are merged by `groups`."""
         whole = self._merge(join.kind, [b.op for b in branches])
         if isinstance(whole, Operator) and join.spatial not in (None, whole.spatial):
             whole = Refusal("the concatenated axis is not the channel axis of its inputs")
             groups = [(i,) for i in range(len(branches))]
-        price, pieces, notes = FREE, [], list[Refusal]()
+        price, pieces, notes = FREE, list[tuple[Segment, ...]](), list[Refusal]()
         for group in groups:
             fused = self._group(join, branches, group, area) if len(group) > 1 else None
             if fused is not None:
@@ -477,7 +475,7 @@ def _plus(a: Price, b: Price) -> Price:
 
 
 def _number(value: Fraction) -> str:
-    return f"{float(value):,.6g}"
+    return f"{float(value):,.0f}" if value >= 1000 else f"{float(value):,.6g}"
 
 
 def _fused_nodes(segments: Iterable[Segment]) -> Iterator[Node]:

@@ -3,7 +3,8 @@
 A chain is a list of parts applied one after the other to one tensor; a part is a step (one
 operator) or a join (chains of the same tensor, summed or concatenated). They are found by
 series-parallel reduction: in execution order, an affine node swallows the chain of an input that
-nobody else reads, and a join whose branches start at one tensor becomes one part.
+nobody else reads, and a join whose branches start at one tensor becomes one part: the next one of
+that tensor's own chain, where nothing outside of the join reads it.
 """
 
 from __future__ import annotations
@@ -58,11 +59,6 @@ def part_nodes(part: Step | Join) -> Iterator[Node]:
             yield from part_nodes(inner)
 
 
-def exit_node(part: Step | Join, before: Node) -> Node:
-    """The node that carries the part's value; `before` when the part is a bare coefficient."""
-    return (part.node if isinstance(part, Step) else part.node) or before
-
-
 def find(view: View) -> list[Chain]:
     """All maximal chains, in execution order of their last node."""
     chains: dict[Node, Chain] = {}
@@ -78,7 +74,11 @@ def find(view: View) -> list[Chain]:
             chains[node] = Chain(starts[0].source, starts[0].parts)
             starts[0].parts.append(Step(node, affine.op))
         elif len({c.source for c in starts}) == 1:
-            chains[node] = Chain(starts[0].source, [_join(node, affine, starts)])
+            join, source = _join(node, affine, starts), starts[0].source
+            chains[node] = Chain(source, [join])
+            if source in chains and set(_readers(source, view)) <= set(part_nodes(join)):
+                chains[node] = Chain(chains[source].source, [*chains[source].parts, join])
+                swallowed.add(source)
         else:
             continue  # branches of different tensors: each ends here, and the join is opaque
         swallowed.update(s for (s, _), p in zip(affine.inputs, private, strict=True) if p)
@@ -87,7 +87,7 @@ def find(view: View) -> list[Chain]:
 
 def _join(node: Node, affine: Affine, starts: list[Chain]) -> Join:
     """The join of chains of one tensor; a sum inside a sum is one sum of all summands."""
-    branches, nodes = [], [node]
+    branches, nodes = list[Chain](), [node]
     for chain, (_, coefficient) in zip(starts, affine.inputs, strict=True):
         inner = chain.parts[0] if len(chain.parts) == 1 else None
         if isinstance(inner, Join) and inner.kind == affine.kind == "sum":
@@ -102,7 +102,16 @@ def _join(node: Node, affine: Affine, starts: list[Chain]) -> Join:
 
 def _private(source: Node, reader: Node, view: View, flow: nx.MultiDiGraph[Node]) -> bool:
     """Whether `reader` is the only one to read `source`, and reads it once."""
-    return flow.number_of_edges(source, reader) == 1 and view.data_users(source) == [reader]
+    return flow.number_of_edges(source, reader) == 1 and _readers(source, view) == [reader]
+
+
+def _readers(node: Node, view: View) -> list[Node]:
+    """Who reads the data of `node`; pieces of a chunk or split are read where they are taken out."""
+    readers = []
+    for user in view.data_users(node):
+        call = view.calls.get(user)
+        readers += view.data_users(user) if call is not None and call.op in ("chunk", "split") else [user]
+    return readers
 
 
 def _times(coefficient: float) -> Operator:

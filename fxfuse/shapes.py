@@ -12,8 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Interpreter, Node
 
 from .capture import Captured
+from .copying import copied
+from .guards import restored
 
 logger = logging.getLogger("fxfuse")
+
+
+class Shapes(dict[Node, torch.Size]):
+    """Shape of every tensor by the node that gives it, and its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[Node, torch.dtype] = {}
 
 
 class _Shapes(Interpreter):
@@ -22,7 +32,7 @@ class _Shapes(Interpreter):
     def __init__(self, captured: Captured) -> None:
         super().__init__(captured.root, graph=captured.graph)
         self.constants = captured.constants
-        self.shapes: dict[Node, torch.Size] = {}
+        self.shapes = Shapes()
 
     def fetch_attr(self, target: str) -> Any:
         return self.constants[target] if target in self.constants else super().fetch_attr(target)
@@ -31,6 +41,7 @@ class _Shapes(Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = result.shape
+            self.shapes.dtypes[n] = result.dtype
         return result
 
 
@@ -51,7 +62,7 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
         return {}
     runner = _Shapes(captured)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with restored(captured.root), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
             runner.run(*fakes, enable_io_processing=True)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
@@ -68,8 +79,9 @@ def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         ValueError: the model does not run on the inputs.
     """
     try:
-        with torch.no_grad():
-            return copy.deepcopy(model)(*copy.deepcopy(inputs))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # so that two models that draw at random can be compared
+            return copied(model)(*copy.deepcopy(inputs))
     except Exception as error:  # whatever the user's model raises is reported with its first line
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{type(model).__name__} does not run on example_inputs: {text[0]}") from error

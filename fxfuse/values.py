@@ -8,34 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .constants import Const, Values, evaluate, probe_values
+from .constants import Values, evaluate
 from .record import Operator
-
-BLOCK = 1 << 19
-
-
-class Numbers(NamedTuple):
-    """Weight [N, C/g, *K] and bias [N] (None: no bias), in double precision but for one thing:
-
-    with `scale` [N] the weight is still as the model stores it, and row n is yet to be multiplied
-    by scale[n]. So a convolution and its batch norms cost one pass over the weight, not four.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor | None = None
-
-    def plain(self) -> Numbers:
-        if self.scale is None:
-            return Numbers(double(self.weight), self.bias)
-        rows = self.scale.reshape(-1, *[1] * (self.weight.dim() - 1))
-        return Numbers(double(self.weight) * rows, self.bias)
+from .weights import RUN, Numbers, Term, double
 
 
 def compute(op: Operator, source: Values) -> Numbers:
@@ -50,34 +29,13 @@ def compute(op: Operator, source: Values) -> Numbers:
         if g.groups == g.out_channels == f.out_channels and not any(k > 1 for k in g.kernel):
             return _scaled(*parts)
         return _compose(op, f, g, *parts)
-    weight, bias, _ = parts[0].plain()
+    weight, bias = parts[0].weight(), parts[0].bias
     if op.law == "rows":
         rows = list(op.const("rows"))
-        return Numbers(weight[rows], None if bias is None else bias[rows])
+        return Numbers.of(weight[rows], None if bias is None else bias[rows])
     inner = op.operands[0]
     full = op.reads is None and inner.reads is not None
-    return Numbers(_dense(inner, weight, op.groups, full), bias)
-
-
-def double(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-@lru_cache(maxsize=1024)
-def bias_is(op: Operator, value: Const) -> bool:
-    """Whether the bias of `op` equals `value` on every channel, whatever the weights are.
-
-    Both are analytic functions of the weights: they are compared at one random point.
-    """
-    bias = compute(op, probe_values).bias
-    if bias is None:
-        bias = torch.zeros(op.out_channels, dtype=torch.float64)
-    expected = evaluate(value, probe_values)
-    if isinstance(expected, Tensor):
-        if expected.numel() not in (1, bias.numel()):
-            return False
-        expected = double(expected).reshape(-1)
-    return bool(torch.allclose(bias, bias.new_zeros(()) + expected, rtol=1e-10, atol=1e-12))
+    return Numbers.of(_dense(inner, weight, op.groups, full), bias)
 
 
 def _ones(op: Operator, width: int) -> Tensor:
@@ -90,7 +48,7 @@ def _conv(op: Operator, source: Values) -> Numbers:
     if op.transposed:  # [C, N/g, *K] -> [N, C/g, *K], group by group
         g = op.groups
         weight = weight.reshape(g, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-    return Numbers(weight, None if bias is None else double(bias))
+    return Numbers.of(weight, None if bias is None else double(bias))
 
 
 def _batch_norm(op: Operator, source: Values) -> Numbers:
@@ -103,7 +61,7 @@ def _batch_norm(op: Operator, source: Values) -> Numbers:
     shift = -mean * scale
     if bias is not None:
         shift = shift + double(bias)
-    return Numbers(scale.reshape(op.out_channels, 1, *op.kernel), shift)
+    return Numbers.of(scale.reshape(op.out_channels, 1, *op.kernel), shift)
 
 
 def _scale(op: Operator, source: Values) -> Numbers:
@@ -119,16 +77,16 @@ def _scale(op: Operator, source: Values) -> Numbers:
         factor = 1 / factor
     weight = factor.reshape(op.out_channels, 1, *op.kernel)
     if op.const("shift") == 0:
-        return Numbers(weight, None)
-    return Numbers(weight, channels("shift") * op.const("alpha"))
+        return Numbers.of(weight, None)
+    return Numbers.of(weight, channels("shift") * op.const("alpha"))
 
 
 def _pool(op: Operator, source: Values) -> Numbers:
-    return Numbers(_ones(op, 1) / math.prod(op.kernel), None)
+    return Numbers.of(_ones(op, 1) / math.prod(op.kernel), None)
 
 
 def _identity(op: Operator, source: Values) -> Numbers:
-    return Numbers(_ones(op, 1), None)
+    return Numbers.of(_ones(op, 1), None)
 
 
 LEAVES = {
@@ -143,13 +101,11 @@ LEAVES = {
 
 
 def _scaled(one: Numbers, two: Numbers) -> Numbers:
-    """f followed by one factor and one shift a channel: only the pending scale and the bias change."""
-    factor = double(two.weight).flatten()
-    if two.scale is not None:
-        factor = factor * two.scale
+    """f followed by one factor and one shift a channel: only the pending scales and the bias change."""
+    factor = two.weight().flatten()
     shift = None if one.bias is None else one.bias * factor
     bias = two.bias if shift is None else shift if two.bias is None else shift + two.bias
-    return Numbers(one.weight, bias, factor if one.scale is None else one.scale * factor)
+    return Numbers(tuple(t.scaled(factor) for t in one.terms), bias, one.shape)
 
 
 def _compose(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers) -> Numbers:
@@ -157,8 +113,9 @@ def _compose(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers)
 
     Products are laid out [N, taps of g, taps of f, C]; a pending scale of g's rows stays pending.
     """
-    w1, b1, _ = one.plain()
-    w1, w2 = _taps(op, w1), _taps(op, two.weight)
+    single = len(two.terms) == 1 and not two.terms[0].place
+    second = two.terms[0] if single else Term(two.weight())
+    w1, b1, w2 = _taps(op, one.weight()), one.bias, _taps(op, second.weight)
     middle, count = f.out_channels, g.out_channels
     if g.groups == middle:  # each output of g reads one channel: rows are scaled, never multiplied out
         row = torch.arange(count, device=w1.device) // (count // middle)
@@ -181,17 +138,17 @@ def _compose(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers)
         shift = None if b1 is None else product[..., -1].sum(1)
         product = product[..., : a.shape[2] * a.shape[3]].reshape(*product.shape[:2], *a.shape[2:])
         product = product.transpose(-1, -2)
-    if shift is not None and two.scale is not None:
-        shift = shift * two.scale
+    if shift is not None and second.scale is not None:
+        shift = shift * second.scale
     bias = two.bias if shift is None else shift if two.bias is None else shift + two.bias
-    return Numbers(_placed(op, f, g, product), bias, two.scale)
+    return Numbers.of(_placed(op, f, g, product), bias, second.scale)
 
 
 def _multiplied(rows: Tensor, columns: Tensor) -> Tensor:
     """[G, n, m, taps] times [G, m, c] as [G*n, taps, c], a run of rows at a time permuted and widened."""
     groups, count, middle, taps = rows.shape
     product = columns.new_empty(groups, count, taps, columns.shape[-1])
-    run = max(1, BLOCK // max(1, groups * middle * taps))
+    run = max(1, RUN // max(1, groups * middle * taps))
     for start in range(0, count, run):
         some = rows[:, start : start + run].transpose(-1, -2)
         wide = torch.empty(some.shape, dtype=columns.dtype, device=columns.device).copy_(some)
@@ -253,27 +210,28 @@ def _dense(f: Operator, weight: Tensor, groups: int, full: bool = False) -> Tens
 
 
 def _branches(op: Operator, source: Values) -> Numbers:
-    """Sum or concatenation: every branch added in its place, one after the other."""
-    wide = torch.complex128 if op.dtype is not None and op.dtype.is_complex else torch.float64
-    weight = bias = None
+    """Sum: every branch a term in its place. Concatenation: every branch in its rows."""
+    shape = (op.out_channels, op.input_width // op.groups, *op.kernel)
+    branches = list(_summands(op)) if op.law == "sum" else list(op.operands)
+    parts = [compute(b, source) for b in branches]
+    if op.law == "sum":
+        terms = [
+            t._replace(weight=_dense(b, t.weight, op.groups), place=_places(op, b, t.place))
+            for b, n in zip(branches, parts, strict=True)
+            for t in n.terms
+        ]
+        biases = [n.bias for n in parts if n.bias is not None]
+        return Numbers(tuple(terms), sum(biases[1:], biases[0]) if biases else None, shape)
+    first = parts[0].weight()
+    weight, bias = first.new_zeros(shape), first.new_zeros(op.out_channels)
     start = 0
-    for branch in _summands(op) if op.law == "sum" else op.operands:
-        numbers = compute(branch, source)
-        if weight is None or bias is None:
-            device = numbers.weight.device
-            weight = torch.zeros(op.out_channels, op.input_width // op.groups, *op.kernel, dtype=wide, device=device)
-            bias = torch.zeros(op.out_channels, dtype=wide, device=device)
-        rows = slice(start, start + branch.out_channels) if op.law == "concat" else slice(None)
-        start += branch.out_channels
-        own = _dense(branch, numbers.weight, op.groups) if op.law == "sum" else numbers.weight
-        where = (rows, slice(None), *_places(op, branch))
-        place = weight[where]
-        for part, block in _blocks(own, numbers.scale):
-            place[part] += block
+    for branch, numbers in zip(branches, parts, strict=True):
+        rows = slice(start, start := start + branch.out_channels)
+        where = (rows, slice(None), *_places(op, branch, ()))
+        weight[where] = numbers.weight()
         if numbers.bias is not None:
-            bias[rows] += numbers.bias
-    assert weight is not None
-    return Numbers(weight, bias if op.bias else None)
+            bias[rows] = numbers.bias
+    return Numbers.of(weight, bias if op.bias else None)
 
 
 def _summands(op: Operator) -> Iterator[Operator]:
@@ -282,44 +240,11 @@ def _summands(op: Operator) -> Iterator[Operator]:
         yield from _summands(branch) if branch.law == "sum" else (branch,)
 
 
-def _places(op: Operator, branch: Operator) -> list[slice]:
-    """Where the taps of `branch` lie in the kernel of `op`, dim by dim."""
+def _places(op: Operator, branch: Operator, inner: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Where the taps of `branch` (or those at `inner` of it) lie in the kernel of `op`, dim by dim."""
     places = []
     for d in range(op.spatial or 0):
-        start = op.padding[d][0] - branch.padding[d][0]
-        last = start + (branch.kernel[d] - 1) * branch.dilation[d]
-        step = op.dilation[d]
-        stride = max(1, branch.dilation[d] // step) if branch.kernel[d] > 1 else 1
-        places.append(slice(start // step, last // step + 1, stride))
-    return places
-
-
-def rounded(numbers: Numbers, dtype: torch.dtype) -> Tensor | None:
-    """The weight in `dtype`, rounded once; None where a number is not finite there."""
-    weight = numbers.weight
-    if weight.device.type == "meta":
-        return weight.to(dtype)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for part, block in _blocks(weight, numbers.scale):
-        here = out[part].copy_(block)
-        low, high = torch.aminmax(torch.view_as_real(here) if here.is_complex() else here)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            return None
-    return out
-
-
-def _blocks(weight: Tensor, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of rows, scaled and in double precision, that stay in the cache while they are used.
-
-    Nothing larger is held in double precision on their account. A block is valid until the next.
-    """
-    rows = max(1, BLOCK // max(1, weight[:1].numel())) if weight.device.type == "cpu" else max(1, len(weight))
-    wide = torch.complex128 if weight.is_complex() else torch.float64
-    block = torch.empty(weight[:rows].shape, dtype=wide, device=weight.device) if scale is not None else weight
-    for start in range(0, len(weight), rows):
-        part = slice(start, min(start + rows, len(weight)))
-        if scale is None:
-            yield part, weight[part]
-            continue
-        now = block[: part.stop - start].copy_(weight[part])
-        yield part, now.mul_(scale[part].reshape(-1, *[1] * (weight.dim() - 1)))
+        taps = range(branch.kernel[d])[inner[d]] if inner else range(branch.kernel[d])
+        at = [(op.padding[d][0] - branch.padding[d][0] + t * branch.dilation[d]) // op.dilation[d] for t in taps]
+        places.append(slice(at[0], at[-1] + 1, at[1] - at[0] if len(at) > 1 else 1))
+    return tuple(places)

@@ -84,6 +84,14 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
             refused[node] = result.at(call.path or node.name)
         elif result is not None:
             affine[node] = result
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in captured.whole:
+            refused[node] = Refusal(
+                "the module is kept whole: its forward cannot be traced",
+                where=str(node.target),
+                detail=captured.whole[node.target],
+                remedy="make its forward independent of its input's data and size, and free of side effects",
+            )
     return View(captured, affine, refused, constants, effects, facts, shapes, calls)
 
 

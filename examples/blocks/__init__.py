@@ -327,9 +327,7 @@ _add(
     "the two convs merge: 1 conv",
     6,
     {
-        "residual_conv_shortcut": lambda: ResidualAdd(
-            nn.Conv2d(6, 10, 3, padding=1), nn.Conv2d(6, 10, 1)
-        ),
+        "residual_conv_shortcut": lambda: ResidualAdd(nn.Conv2d(6, 10, 3, padding=1), nn.Conv2d(6, 10, 1)),
         "residual_norm_shortcut": lambda: ResidualAdd(
             ConvNormAct(6, 10, 3, 2, act=nn.Identity), ConvNormAct(6, 10, 1, 2, act=nn.Identity)
         ),

@@ -78,12 +78,8 @@ class DBB(nn.Module):
         if k % 2 == 0 or p < k // 2:
             raise ValueError(f"needs an odd kernel and padding >= k // 2, not k={k}, padding={p}")
         m = internal_channels or (c if g < n else 2 * c)
-        self.dbb_origin = nn.Sequential(
-            nn.Conv2d(c, n, k, s, p, groups=g, bias=False), nn.BatchNorm2d(n)
-        )
-        self.dbb_1x1 = nn.Sequential(
-            nn.Conv2d(c, n, 1, s, p - k // 2, groups=g, bias=False), nn.BatchNorm2d(n)
-        )
+        self.dbb_origin = nn.Sequential(nn.Conv2d(c, n, k, s, p, groups=g, bias=False), nn.BatchNorm2d(n))
+        self.dbb_1x1 = nn.Sequential(nn.Conv2d(c, n, 1, s, p - k // 2, groups=g, bias=False), nn.BatchNorm2d(n))
         if g < n:
             self.dbb_avg = nn.Sequential(
                 nn.Conv2d(c, n, 1, groups=g, bias=False),
@@ -129,12 +125,8 @@ class NaiveDBB(nn.Module):
         super().__init__()
         c, n, k, s, g = in_channels, out_channels, kernel_size, stride, groups
         m, p = internal_channels or c, k // 2
-        self.origin = nn.Sequential(
-            nn.Conv2d(c, n, k, s, p, groups=g, bias=False), nn.BatchNorm2d(n)
-        )
-        self.pointwise = nn.Sequential(
-            nn.Conv2d(c, n, 1, s, groups=g, bias=False), nn.BatchNorm2d(n)
-        )
+        self.origin = nn.Sequential(nn.Conv2d(c, n, k, s, p, groups=g, bias=False), nn.BatchNorm2d(n))
+        self.pointwise = nn.Sequential(nn.Conv2d(c, n, 1, s, groups=g, bias=False), nn.BatchNorm2d(n))
         self.average = nn.Sequential(
             nn.Conv2d(c, n, 1, groups=g, bias=False),
             nn.BatchNorm2d(n),

@@ -74,9 +74,7 @@ class DeformableLayer(nn.Module):
         in_channels, out_channels, kernel_size, stride: as in `DeformableConv`.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
         super().__init__()
         k = kernel_size
         self.offset = nn.Conv2d(in_channels, 2 * k * k, k, stride, k // 2)

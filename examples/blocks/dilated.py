@@ -32,9 +32,7 @@ class DilatedConv(nn.Module):
     ) -> None:
         super().__init__()
         k, d = kernel_size, dilation
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, k, stride, d * (k // 2), dilation=d, bias=False
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, k, stride, d * (k // 2), dilation=d, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
         self.act = nn.ReLU()
 
@@ -67,9 +65,7 @@ class ParallelDilated(nn.Module):
         c, n, k = in_channels, out_channels, kernel_size
         self.branches = nn.ModuleList()
         for d in dilations:
-            conv = nn.Conv2d(
-                c, n, k, stride, d * (k // 2), dilation=d, groups=groups, bias=not with_bn
-            )
+            conv = nn.Conv2d(c, n, k, stride, d * (k // 2), dilation=d, groups=groups, bias=not with_bn)
             self.branches.append(nn.Sequential(conv, nn.BatchNorm2d(n)) if with_bn else conv)
 
     def forward(self, x: Tensor) -> Tensor:

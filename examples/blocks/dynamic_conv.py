@@ -18,9 +18,7 @@ class SimpleAttention(nn.Module):
     def __init__(self, in_channels: int, kernels: int = 4) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.net = nn.Sequential(
-            nn.Conv2d(in_channels, kernels, 1), nn.ReLU(), nn.Conv2d(kernels, kernels, 1)
-        )
+        self.net = nn.Sequential(nn.Conv2d(in_channels, kernels, 1), nn.ReLU(), nn.Conv2d(kernels, kernels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         att = self.net(self.pool(x)).view(x.shape[0], -1)
@@ -33,9 +31,7 @@ class Attention(nn.Module):
     A high temperature keeps the weights near 1 / K early in training, so that all kernels learn.
     """
 
-    def __init__(
-        self, in_channels: int, kernels: int = 4, ratio: int = 4, temperature: float = 30.0
-    ) -> None:
+    def __init__(self, in_channels: int, kernels: int = 4, ratio: int = 4, temperature: float = 30.0) -> None:
         super().__init__()
         hidden = max(in_channels // ratio, 1)
         self.temperature = temperature
@@ -95,9 +91,7 @@ class DynamicConv2d(nn.Module):
         bias = None
         if self.bias is not None:
             bias = torch.mm(att, self.bias).view(-1)
-        out = F.conv2d(
-            x.view(1, b * c, h, w), weight, bias, self.stride, self.padding, groups=g * b
-        )
+        out = F.conv2d(x.view(1, b * c, h, w), weight, bias, self.stride, self.padding, groups=g * b)
         return out.view(b, n, out.shape[-2], out.shape[-1])
 
 
@@ -129,9 +123,7 @@ class DynamicConvBNReLU(nn.Module):
             attention = SimpleAttention(in_channels, kernels)
         else:
             attention = Attention(in_channels, kernels, ratio, temperature)
-        self.conv = DynamicConv2d(
-            in_channels, out_channels, attention, kernel_size, stride, groups, bias, kernels
-        )
+        self.conv = DynamicConv2d(in_channels, out_channels, attention, kernel_size, stride, groups, bias, kernels)
         self.bn = nn.BatchNorm2d(out_channels)
         self.act = nn.ReLU()
 

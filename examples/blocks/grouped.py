@@ -30,9 +30,7 @@ class GroupedConv(nn.Module):
     ) -> None:
         super().__init__()
         k = kernel_size
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, k, stride, k // 2, groups=groups, bias=False
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, k, stride, k // 2, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
         self.act = nn.ReLU()
 

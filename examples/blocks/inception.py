@@ -14,9 +14,7 @@ from torch import Tensor, nn
 class ConvBNReLU(nn.Module):
     """Convolution without bias, batch norm with eps 1e-3, relu."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)

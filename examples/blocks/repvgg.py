@@ -22,9 +22,7 @@ class RepVGGBlock(nn.Module):
         groups: of both convolutions.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
         self.dense = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 3, stride, 1, groups=groups, bias=False),

@@ -87,9 +87,7 @@ class FlattenedConv(nn.Module):
         bias: of all three convolutions.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = False) -> None:
         super().__init__()
         n, k = out_channels, kernel_size
         self.lateral = nn.Conv2d(in_channels, n, 1, bias=bias)

@@ -23,9 +23,7 @@ class TransformI(nn.Module):
     ) -> None:
         super().__init__()
         k = kernel_size
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, k, stride, k // 2, groups=groups, bias=bias
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, k, stride, k // 2, groups=groups, bias=bias)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +72,7 @@ class TransformIII(nn.Module):
     ) -> None:
         super().__init__()
         self.pointwise = nn.Conv2d(in_channels, mid_channels, 1, groups=groups, bias=bias)
-        self.conv = nn.Conv2d(
-            mid_channels, out_channels, kernel_size, stride, padding, groups=groups
-        )
+        self.conv = nn.Conv2d(mid_channels, out_channels, kernel_size, stride, padding, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(self.pointwise(x))
@@ -86,9 +82,7 @@ class TransformIII(nn.Module):
 class TransformIV(nn.Module):
     """Two convolutions of one input, concatenated on the channels."""
 
-    def __init__(
-        self, in_channels: int, first_channels: int, second_channels: int, kernel_size: int = 3
-    ) -> None:
+    def __init__(self, in_channels: int, first_channels: int, second_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
         k = kernel_size
         self.a = nn.Conv2d(in_channels, first_channels, k, padding=k // 2)
@@ -125,14 +119,11 @@ class TransformV(nn.Module):
 class TransformVI(nn.Module):
     """1 x 1 + 1 x 3 + 3 x 1 of one input, and + 3 x 3 unless `square` is False."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, square: bool = True, stride: int = 1
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, square: bool = True, stride: int = 1) -> None:
         super().__init__()
         kernels = [(1, 1), (1, 3), (3, 1)] + ([(3, 3)] if square else [])
         self.branches = nn.ModuleList(
-            nn.Conv2d(in_channels, out_channels, (kh, kw), stride, (kh // 2, kw // 2))
-            for kh, kw in kernels
+            nn.Conv2d(in_channels, out_channels, (kh, kw), stride, (kh // 2, kw // 2)) for kh, kw in kernels
         )
 
     def forward(self, x: Tensor) -> Tensor:
