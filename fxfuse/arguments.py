@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .constants import Apply, Attr
 from .dialect import Call
-from .facts import Fact
+from .fact import Fact
 from .record import IDENTITY, Operator
 
 PASS_EXAMPLES = "pass example_inputs to optimize, they settle the rank"

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from .constants import Apply, Attr
 from .dialect import Call
-from .facts import Fact
+from .fact import Fact
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,12 @@ def tensors(op: Operator, values: Values) -> tuple[Tensor, Tensor | None] | Refu
         weight, bias = numbers.rounded(dtype), None
         if op.bias:
             bias = torch.zeros(op.out_channels, dtype=dtype) if numbers.bias is None else numbers.bias.to(dtype)
+        if weight is not None and _vanishes(weight, dtype):
+            return Refusal(
+                f"the merged weight has numbers too small for {dtype}",
+                detail="subnormal, so most of their digits are lost",
+                remedy="fuse in a wider dtype and convert afterwards",
+            )
         if weight is None or (bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all()):
             return Refusal(
                 f"the merged weight has numbers that are not finite in {dtype}",
@@ -45,7 +51,27 @@ def tensors(op: Operator, values: Values) -> tuple[Tensor, Tensor | None] | Refu
             )
         if op.transposed:  # back to [C, N/g, *K]
             weight = weight.reshape(op.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-        return weight.contiguous().to(device), None if bias is None else bias.contiguous().to(device)
+        weight = weight.contiguous(memory_format=_memory_format(op, values, weight))
+        return weight.to(device), None if bias is None else bias.contiguous().to(device)
+
+
+def _vanishes(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a row of the weight is subnormal as a whole: what is small beside its neighbours does not count.
+
+    In float32 and bfloat16 that takes numbers below 1e-38, which no model holds and no pass need look for.
+    """
+    if weight.device.type == "meta" or not weight.numel() or torch.finfo(dtype).tiny < 1e-30:
+        return False
+    largest = weight.abs().flatten(1).amax(1)
+    return bool(((largest > 0) & (largest < torch.finfo(dtype).tiny)).any())
+
+
+def _memory_format(op: Operator, values: Values, weight: Tensor) -> torch.memory_format:
+    """Channels last where a kernel in it is, for then PyTorch's convolutions give such outputs."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim(), torch.contiguous_format)
+    kernels = [values(a) for a in sources(op) if len(a.shape) == weight.dim()]
+    found = any(not k.is_contiguous() and k.is_contiguous(memory_format=last) for k in kernels)
+    return last if found else torch.contiguous_format
 
 
 def blank(op: Operator) -> tuple[Tensor, Tensor | None]:

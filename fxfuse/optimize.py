@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -28,16 +29,20 @@ logger = logging.getLogger("fxfuse")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _without_collection(function: Function) -> Function:
-    """No garbage collection meanwhile: graphs are all cycles, and walking them again and again while
-    they grow takes longer than making them."""
+def _undisturbed(function: Function) -> Function:
+    """Without garbage collection and inference mode.
+
+    Graphs are all cycles, and walking them again and again while they grow takes longer than making
+    them. Parameters made in inference mode could never be trained.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         enabled = gc.isenabled()
         gc.disable()
         try:
-            return function(*args, **kwargs)
+            with torch.inference_mode(False):  # or the new parameters could never be trained
+                return function(*args, **kwargs)
         finally:
             if enabled:
                 gc.enable()
@@ -45,7 +50,7 @@ def _without_collection(function: Function) -> Function:
     return cast(Function, wrapped)
 
 
-@_without_collection
+@_undisturbed
 def optimize(
     model: nn.Module,
     example_inputs: Any = None,
@@ -95,7 +100,7 @@ def optimize(
     return fused
 
 
-@_without_collection
+@_undisturbed
 def plan(
     model: nn.Module,
     example_inputs: Any = None,
@@ -133,7 +138,7 @@ def _analyse(
     selection, price = select(patterns), resolve(cost)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
-    captured = capture(model)
+    captured = capture(model, inputs)
     modules = dict(model.named_modules(remove_duplicate=False))
     before = describe.totals(captured.graph, modules, sum(p.numel() for p in model.parameters()), None)
     drop_identities(captured)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from .algebra import needs_pad
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
+from .copying import copied
 from .effects import shape_reader
 from .materialize import blank, layer, sources, tensors
 from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site
@@ -26,6 +27,17 @@ from .view import View
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
+
+
+@dataclass(frozen=True)
+class KeepHooks:
+    """Gives a GraphModule the hooks of the model; its deepcopy would lose them."""
+
+    hooks: dict[str, Any]
+
+    def __call__(self, module: GraphModule) -> None:
+        for name, hooks in self.hooks.items():
+            setattr(module, name, copy.copy(hooks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,9 +320,11 @@ class Rewriter:
             owner, _, name = target.rpartition(".")
             result.get_submodule(owner)._non_persistent_buffers_set.add(name)
         flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
-        for name in (*HOOKS, *flags):
-            if getattr(root, name, None):
-                setattr(result, name, copy.copy(getattr(root, name)))
+        hooks = {name: getattr(root, name) for name in (*HOOKS, *flags) if getattr(root, name, None)}
+        if hooks:
+            keep = KeepHooks(hooks)
+            keep(result)
+            result._register_deepcopy_hook(keep)
         return result
 
 
@@ -370,8 +384,4 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         new.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in value.__dict__.items()})
         memo[id(value)] = new
         return new
-    if isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
-        if id(value) not in memo:
-            memo[id(value)] = value.detach().clone()
-        return memo[id(value)]
-    return copy.deepcopy(value, memo)
+    return copied(value, memo)

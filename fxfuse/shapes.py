@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from typing import Any
 
@@ -60,6 +61,10 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
     """
     if inputs is None:
         return {}
+    try:
+        inspect.signature(captured.root.forward).bind(*inputs)
+    except TypeError as error:
+        raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
     runner = _Shapes(captured)
     try:
         with restored(captured.root), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():

@@ -20,7 +20,8 @@ from .capture import Captured
 from .constants import Attr, leaves
 from .dialect import Call, read
 from .effects import Effects, shape_reader
-from .facts import Fact, infer
+from .fact import Fact
+from .facts import infer
 from .fold import find_constants, tensor_at
 from .lift_layers import LAYERS
 from .lift_tensors import ARITHMETIC

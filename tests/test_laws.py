@@ -105,11 +105,9 @@ def test_batch_norm_and_factor_join_a_transposed_convolution(shape: Any, fields:
 
 
 @pytest.mark.parametrize("rank", (1, 2, 3))
-@pytest.mark.parametrize("geometry", [name for name, fields in GEOMETRIES.items() if "stride" not in fields])
+@pytest.mark.parametrize("geometry", [n for n, fields in GEOMETRIES.items() if "stride" not in fields and n != "even"])
 def test_a_residual_joins_a_convolution_that_keeps_the_size(geometry: str, rank: int) -> None:
     fields = {"kernel_size": 3, "padding": "same"} | GEOMETRIES[geometry]
-    if fields["padding"] == "valid" or (fields["kernel_size"], fields["padding"]) == (4, 1):
-        pytest.skip("it does not keep the size")
     if fields.get("padding_mode") == "replicate":
         fields["padding"] = 1
     block = lambda: Sum([CONVS[rank](4, 4, **fields), NORMS[rank](4), nn.Identity()], [-1, 2])  # noqa: E731
