@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from .constants import Attr, Values, leaves
 from .record import Operator
 from .refusal import Refusal
 from .values import compute
+from .weights import Numbers
+
+Stored = tuple[Tensor, Tensor | None]
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -20,39 +25,42 @@ def sources(op: Operator) -> list[Attr]:
     return list(dict.fromkeys(found + [a for o in op.operands for a in sources(o)]))
 
 
-def tensors(op: Operator, values: Values) -> tuple[Tensor, Tensor | None] | Refusal:
-    """Weight and bias of `op` as its layer stores them, in the layer's dtype and on its device.
+def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | Refusal]:
+    """Weight and bias of every operator as its layer stores them, in the layer's dtype and on its device.
 
     Refused where a number of the result is not finite in that dtype.
     """
-    device = next((values(a).device for a in sources(op)), torch.device("cpu"))
-    dtype = op.dtype or torch.float32
 
     def reachable(attr: Attr) -> Tensor:
         tensor = values(attr)
         return tensor.cpu() if tensor.device.type == "mps" else tensor  # which has no float64
 
     with torch.no_grad():
-        numbers = compute(op, reachable)
-        weight, bias = numbers.rounded(dtype), None
-        if op.bias:
-            bias = torch.zeros(op.out_channels, dtype=dtype) if numbers.bias is None else numbers.bias.to(dtype)
-        if weight is not None and _vanishes(weight, dtype):
-            return Refusal(
-                f"the merged weight has numbers too small for {dtype}",
-                detail="subnormal, so most of their digits are lost",
-                remedy="fuse in a wider dtype and convert afterwards",
-            )
-        if weight is None or (bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all()):
-            return Refusal(
-                f"the merged weight has numbers that are not finite in {dtype}",
-                detail="overflow, or already there in the model",
-                remedy="fuse in a wider dtype and convert afterwards",
-            )
-        if op.transposed:  # back to [C, N/g, *K]
-            weight = weight.reshape(op.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-        weight = weight.contiguous(memory_format=_memory_format(op, values, weight))
-        return weight.to(device), None if bias is None else bias.contiguous().to(device)
+        return {op: _stored(op, compute(op, reachable), values) for op in dict.fromkeys(ops)}
+
+
+def _stored(op: Operator, numbers: Numbers, values: Values) -> Stored | Refusal:
+    device = next((values(a).device for a in sources(op)), torch.device("cpu"))
+    dtype = op.dtype or torch.float32
+    weight, bias = numbers.rounded(dtype), None
+    if op.bias:
+        bias = torch.zeros(op.out_channels, dtype=dtype) if numbers.bias is None else numbers.bias.to(dtype)
+    if weight is not None and _vanishes(weight, dtype):
+        return Refusal(
+            f"the merged weight has numbers too small for {dtype}",
+            detail="subnormal, so most of their digits are lost",
+            remedy="fuse in a wider dtype and convert afterwards",
+        )
+    if weight is None or (bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all()):
+        return Refusal(
+            f"the merged weight has numbers that are not finite in {dtype}",
+            detail="overflow, or already there in the model",
+            remedy="fuse in a wider dtype and convert afterwards",
+        )
+    if op.transposed:  # back to [C, N/g, *K]
+        weight = weight.reshape(op.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    weight = weight.contiguous(memory_format=_memory_format(op, values, weight))
+    return weight.to(device), None if bias is None else bias.contiguous().to(device)
 
 
 def _vanishes(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -74,7 +82,7 @@ def _memory_format(op: Operator, values: Values, weight: Tensor) -> torch.memory
     return last if found else torch.contiguous_format
 
 
-def blank(op: Operator) -> tuple[Tensor, Tensor | None]:
+def blank(op: Operator) -> Stored:
     """Weight and bias of the right shapes without storage, for a dry run."""
     pair = (op.out_channels, op.input_width // op.groups)
     if op.transposed:

@@ -9,17 +9,18 @@ No weight is touched here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import reduce
-from itertools import combinations, pairwise
+from functools import cache, reduce
+from itertools import pairwise
 
 from torch.fx import Node
 
 from . import algebra
-from .arguments import Affine
 from .cost import CostFunction
+from .explain import left_over
+from .partition import FREE, Group, Price, cut, partition, plus
 from .pattern import Selection
 from .record import IDENTITY, Operator
 from .refusal import Refusal
@@ -27,10 +28,6 @@ from .regions import Chain, Join, Step, find, part_nodes
 from .view import View
 
 WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number
-EXACT = 6  # branches up to which every partition of a sum is tried
-
-Price = tuple[int, Fraction, int]
-FREE: Price = (0, Fraction(0), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +102,15 @@ class Planner:
             if refusal := self._overwritten(chain):
                 self.refusals.append(refusal)
                 continue
-            best = self._chain(chain, Fraction(1), set())
+            best = self._chain(chain, Fraction(1))
             self.refusals.extend(best.notes)
             if any(_changes(s) for s in best.segments):
                 sites.append(Site(chain.source, best.segments))
                 self.fused.update(_fused_nodes(best.segments))
-        return Plan(tuple(sites), tuple(dict.fromkeys((*self.refusals, *self._refused_nodes()))))
+        return Plan(
+            tuple(sites),
+            tuple(dict.fromkeys((*self.refusals, *left_over(self.view, self.patterns, self.joined, self.fused)))),
+        )
 
     def _overwritten(self, chain: Chain) -> Refusal | None:
         effects = self.view.effects
@@ -147,7 +147,7 @@ class Planner:
             return (0, Fraction(0), executed)
         return (-forced, Fraction(self.cost(op, area)), executed)
 
-    def _chain(self, chain: Chain, area: Fraction, path: set[Node]) -> _Option:
+    def _chain(self, chain: Chain, area: Fraction) -> _Option:
         """Best cover of the parts, and the operator of them all where there is one."""
         options: list[_Option] = []
         areas = [area]
@@ -158,11 +158,11 @@ class Planner:
         count = len(options)
         best: list[tuple[Price, int, Fuse | None]] = [(FREE, 0, None)] * (count + 1)
         for i in range(1, count + 1):
-            best[i] = (_plus((10**9, Fraction(0), 0), FREE), 0, None)
+            best[i] = (plus((10**9, Fraction(0), 0), FREE), 0, None)
         whole: Operator | Refusal = IDENTITY
         for i in range(count):
             here = best[i][0]
-            keep = _plus(here, options[i].price)
+            keep = plus(here, options[i].price)
             if keep <= best[i + 1][0]:  # a tie leaves the part alone
                 best[i + 1] = (keep, i, None)
             op = options[i].op
@@ -179,7 +179,7 @@ class Planner:
                     break
                 fused = self._fusable(op, chain.parts[i : j + 1], areas[j + 1])
                 if fused is not None:
-                    total = _plus(here, fused[0])
+                    total = plus(here, fused[0])
                     if total < best[j + 1][0]:
                         best[j + 1] = (total, i, fused[1])
             if i == 0:
@@ -212,7 +212,7 @@ class Planner:
         if isinstance(part, Step):
             price = self._price(part.op, self._area(part.node, area, part.op), int(part.node is not None))
             return _Option(price, (Keep(part),), part.op)
-        branches = [self._chain(b, area, set()) for b in part.branches]
+        branches = [self._chain(b, area) for b in part.branches]
         return self._sum(part, branches, area) if part.kind == "sum" else self._concat(part, branches, area)
 
     def _combine(self, relation: str, f: Operator | Refusal, g: Operator | Refusal) -> Operator | Refusal:
@@ -245,54 +245,15 @@ class Planner:
         groups = self._partition(branches, join, after)
         return self._joined(join, branches, groups, after)
 
-    def _partition(self, branches: list[_Option], join: Join, area: Fraction) -> list[tuple[int, ...]]:
-        units: list[tuple[int, ...]] = [(i,) for i in range(len(branches))]
-        candidates: dict[tuple[int, ...], Price | None] = {}
-
-        def price(group: tuple[int, ...]) -> Price | None:
+    def _partition(self, branches: list[_Option], join: Join, area: Fraction) -> list[Group]:
+        @cache
+        def price(group: Group) -> Price | None:
             if len(group) == 1:
                 return branches[group[0]].price
-            if group not in candidates:
-                fused = self._group(join, branches, group, area)
-                candidates[group] = None if fused is None else fused[0]
-            return candidates[group]
+            fused = self._group(join, branches, group, area)
+            return None if fused is None else fused[0]
 
-        if len(units) > EXACT:
-            units = self._greedy(units, price)
-        if len(units) > EXACT:
-            return units
-        best: dict[tuple[int, ...], tuple[Price, list[tuple[int, ...]]]] = {(): (FREE, [])}
-
-        def solve(rest: tuple[int, ...]) -> tuple[Price, list[tuple[int, ...]]]:
-            if rest not in best:
-                found = None
-                first, others = rest[0], rest[1:]
-                for mask in range(1 << len(others)):
-                    taken = (first, *(o for k, o in enumerate(others) if mask >> k & 1))
-                    group = tuple(i for unit in taken for i in units[unit])
-                    if (alone := price(group)) is None:
-                        continue
-                    tail = solve(tuple(o for o in others if o not in taken))
-                    total = _plus(_plus(alone, tail[0]), (0, Fraction(0), 1))
-                    if found is None or total < found[0]:
-                        found = (total, [group, *tail[1]])
-                assert found is not None  # every branch alone is a group
-                best[rest] = found
-            return best[rest]
-
-        return solve(tuple(range(len(units))))[1]
-
-    def _greedy(
-        self, groups: list[tuple[int, ...]], price: Callable[[tuple[int, ...]], Price | None]
-    ) -> list[tuple[int, ...]]:
-        """Merge the first two groups that get cheaper by it, until no two do."""
-        for a, b in combinations(groups, 2):
-            together, one, two = price(a + b), price(a), price(b)
-            if together is None or one is None or two is None:
-                continue
-            if together < _plus(_plus(one, two), (0, Fraction(0), 1)):
-                return self._greedy([a + b if g == a else g for g in groups if g != b], price)
-        return groups
+        return partition(len(branches), price)
 
     def _group(
         self, join: Join, branches: list[_Option], group: tuple[int, ...], area: Fraction
@@ -302,22 +263,21 @@ class Planner:
         return self._fusable(op, [part], area)
 
     def _concat(self, join: Join, branches: list[_Option], area: Fraction) -> _Option:
-        """Cheapest cut of the branches, whose order counts, into merged runs."""
+        """Cheapest cut of the branches into merged runs."""
         after = self._after(join, area)
-        best: list[tuple[Price, list[tuple[int, ...]]]] = [(FREE, [])]
-        merged: list[Operator | Refusal] = []  # branches i to j as one operator, for every i
-        for j, branch in enumerate(branches):
-            merged = [*(self._combine("concat", op, branch.op) for op in merged), branch.op]
-            options = []
-            for i in range(j, -1, -1):  # shortest run first: a tie merges less
-                group = tuple(range(i, j + 1))
-                part = replace(join, branches=join.branches[i : j + 1])
-                fused = self._fusable(merged[i], [part], after) if i < j else None
-                alone = branch.price if i == j else fused[0] if fused is not None else None
-                if alone is not None:
-                    options.append((_plus(_plus(best[i][0], alone), (0, Fraction(0), 1)), [*best[i][1], group]))
-            best.append(min(options, key=lambda o: o[0]))
-        return self._joined(join, branches, best[-1][1], after)
+
+        @cache
+        def merged(i: int, j: int) -> Operator | Refusal:
+            return branches[i].op if i == j else self._combine("concat", merged(i, j - 1), branches[j].op)
+
+        def price(i: int, j: int) -> Price | None:
+            if i == j:
+                return branches[i].price
+            part = replace(join, branches=join.branches[i : j + 1])
+            fused = self._fusable(merged(i, j), [part], after)
+            return None if fused is None else fused[0]
+
+        return self._joined(join, branches, cut(len(branches), price), after)
 
     def _joined(self, join: Join, branches: list[_Option], groups: list[tuple[int, ...]], area: Fraction) -> _Option:
         """The option of a join whose branches are merged by `groups`."""
@@ -329,14 +289,14 @@ class Planner:
         for group in groups:
             fused = self._group(join, branches, group, area) if len(group) > 1 else None
             if fused is not None:
-                price = _plus(price, fused[0])
+                price = plus(price, fused[0])
                 pieces.append((fused[1],))
             else:
-                price = _plus(price, branches[group[0]].price)
+                price = plus(price, branches[group[0]].price)
                 pieces.append(branches[group[0]].segments)
                 notes.extend(branches[group[0]].notes)
         joins = len(groups) - 1 if join.kind == "sum" else int(len(groups) > 1)
-        price = _plus(price, (0, Fraction(0), joins))
+        price = plus(price, (0, Fraction(0), joins))
         if len(groups) > 1:
             notes.extend(self._join_notes(join, branches, groups, whole, area))
         if len(groups) == 1 and isinstance(pieces[0][0], Fuse):
@@ -406,52 +366,6 @@ class Planner:
             pattern=pattern,
         )
 
-    def _refused_nodes(self) -> list[Refusal]:
-        """Refusals of the view, joins of several tensors, and batch norms with nothing to join."""
-        notes = list(self.view.refused.values())
-        for node, affine in self.view.affine.items():
-            if affine.kind != "unary":
-                notes += self._several_sources(node, affine)
-            elif affine.op.law == "batch_norm":
-                notes += self._lonely_norm(node, affine)
-        return notes
-
-    def _several_sources(self, node: Node, affine: Affine) -> list[Refusal]:
-        """Convolutions that meet in a join without having started at one tensor."""
-        if node in self.joined:
-            return []
-        before = [self.view.affine.get(source) for source, _ in affine.inputs]
-        paths = [a.op.path for a in before if a is not None and a.kind == "unary" and (a.op.weighted or a.op.path)]
-        if not paths:
-            return []
-        verb = "summed" if affine.kind == "sum" else "concatenated"
-        reason = f"what is {verb} does not start at one tensor: something between is not linear"
-        return [Refusal(reason, where=paths[0], detail=f"at {node.name}")]
-
-    def _lonely_norm(self, node: Node, affine: Affine) -> list[Refusal]:
-        """A batch norm that stayed because of what comes before and after it."""
-        source = affine.inputs[0][0]
-        before, readers = self.view.affine.get(source), self.view.data_users(source)
-        if node in self.fused:
-            return []
-        if before is None or before.kind != "unary":
-            reason = "batch_norm follows no convolution or linear layer of constant weight that could absorb it"
-            return [Refusal(reason, where=affine.op.path, detail=f"after {source.name}")]
-        if not before.op.weighted or readers == [node]:
-            return []
-        both = self._combine("chain", before.op, affine.op)
-        if isinstance(both, Refusal):
-            return [both.at(affine.op.path)]
-        others = ", ".join(u.name for u in readers if u is not node)
-        return [
-            Refusal(
-                "the output of the layer before batch_norm is read elsewhere too",
-                where=affine.op.path,
-                detail=f"by {others}",
-                remedy="read the normalized tensor there instead",
-            )
-        ]
-
 
 def _steps(join: Join) -> Iterator[Step]:
     """Every step below a join, branch by branch."""
@@ -468,10 +382,6 @@ def _multipliable(f: Operator, g: Operator) -> bool:
 def _rank(op: Operator | Refusal) -> int:
     kinds = ("conv", "pool", "pad", "select", "scale", "identity")
     return kinds.index(op.kind) if isinstance(op, Operator) else -1
-
-
-def _plus(a: Price, b: Price) -> Price:
-    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
 
 
 def _number(value: Fraction) -> str:

@@ -62,12 +62,13 @@ def refresh(fused: GraphModule, model: nn.Module) -> GraphModule:
 
 def _fused_weights(content: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     values = model_values(model, content["constants"])
+    try:
+        computed = tensors((recipe.op for recipe in content["recipes"]), values)
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"{type(model).__name__} is not the model that was optimized: {error}") from error
     fresh: dict[str, Any] = {}
     for recipe in content["recipes"]:
-        try:
-            numbers = tensors(recipe.op, values)
-        except (AttributeError, RuntimeError) as error:
-            raise ValueError(f"{type(model).__name__} is not the model that was optimized: {error}") from error
+        numbers = computed[recipe.op]
         if isinstance(numbers, Refusal):
             raise ValueError(str(numbers.at(recipe.target)))
         fresh[f"{recipe.target}.weight"] = numbers[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from .capture import HOOKS, Captured
 from .constants import Attr, model_values
 from .copying import copied
 from .effects import shape_reader
-from .materialize import blank, layer, sources, tensors
+from .materialize import Stored, blank, layer, sources, tensors
 from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site
 from .record import Operator
 from .refusal import Refusal
@@ -85,12 +85,16 @@ class Rewriter:
     def apply(self, plan: Plan) -> tuple[Plan, tuple[Recipe, ...]]:
         """Emit every site; returns the plan as carried out (sites whose weights failed left out)."""
         done, failed = list[Site](), list(plan.refusals)
+        stored = self._stored(plan)
         for site in plan.sites:
-            refusal = self._prepare(site)
-            if refusal is None:
-                done.append(site)
-            else:
-                failed.append(refusal)
+            pairs = [(op, stored[op]) for op in fused_operators(site.segments)]
+            refused = [r.at(op.path) for op, r in pairs if isinstance(r, Refusal)]
+            failed += refused
+            done += [] if refused else [site]
+        for op, numbers in stored.items():
+            if not isinstance(numbers, Refusal):
+                weight, bias = numbers
+                self.built[op] = layer(op, weight, bias, any(self._requires_grad(a) for a in sources(op)))
         self._release(done)
         for site in done:
             self._emit(self._current(site.source), site.segments)
@@ -99,17 +103,10 @@ class Rewriter:
         recipes = tuple(Recipe(name, op) for op, name in self.names.items())
         return replace(plan, sites=tuple(done), refusals=tuple(dict.fromkeys(failed))), recipes
 
-    def _prepare(self, site: Site) -> Refusal | None:
-        """Compute the weights of a site before anything is changed."""
-        for op in fused_operators(site.segments):
-            if op in self.built:
-                continue
-            numbers = blank(op) if self.dry_run else tensors(op, self.values)
-            if isinstance(numbers, Refusal):
-                return numbers.at(op.path)
-            grad = any(self._requires_grad(a) for a in sources(op))
-            self.built[op] = layer(op, *numbers, grad)
-        return None
+    def _stored(self, plan: Plan) -> Mapping[Operator, Stored | Refusal]:
+        """The weights of all sites, computed before anything is changed."""
+        ops = dict.fromkeys(op for site in plan.sites for op in fused_operators(site.segments))
+        return {op: blank(op) for op in ops} if self.dry_run else tensors(ops, self.values)
 
     def _requires_grad(self, attr: Attr) -> bool:
         if attr.path in self.view.captured.constants:

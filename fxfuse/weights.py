@@ -8,7 +8,6 @@ double precision, so that a fold costs one pass over the weight and next to no m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 # Numbers in double precision at a time. So few stay in the cache, and torch does not start its own threads for
 # them, which wait for each other at every run: on a machine that is busy that took a hundred times as long.
 RUN = 32_000
-LARGE = 1 << 20  # from here on a weight is worth threads of ours, one for each part of its rows
 
 
 def double(tensor: Tensor) -> Tensor:
@@ -51,15 +49,15 @@ class Numbers(NamedTuple):
     def of(cls, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Numbers:
         return cls((Term(weight, scale),), bias, tuple(weight.shape))
 
-    def runs(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Rows `start` to `stop` in double precision, a run at a time, each valid until the next."""
-        count, width = self.shape[0] if stop is None else stop, max(1, torch.Size(self.shape[1:]).numel())
+    def runs(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in double precision, a run of rows at a time, each valid until the next."""
+        count, width = self.shape[0], max(1, torch.Size(self.shape[1:]).numel())
         step = max(1, RUN // width) if self.terms[0].weight.device.type == "cpu" else max(1, count)
         alone = len(self.terms) == 1 and not self.terms[0].place
         scratch = [torch.empty_like(t.weight[:step], dtype=double(t.weight[:0]).dtype) for t in self.terms]
         shape = (min(step, count), *self.shape[1:])
         total = scratch[0] if alone else scratch[0].new_empty(shape)
-        for first in range(start, count, step):
+        for first in range(0, count, step):
             run = slice(first, min(first + step, count))
             if alone:
                 yield run, self.terms[0].rows(run, scratch[0])
@@ -82,24 +80,11 @@ class Numbers(NamedTuple):
 
     def rounded(self, dtype: torch.dtype) -> Tensor | None:
         """The weight in `dtype`, rounded once; None where a number is not finite there."""
-        first, count = self.terms[0].weight, self.shape[0]
+        first = self.terms[0].weight
         out = torch.empty(self.shape, dtype=dtype, device=first.device)
-        if first.device.type == "meta":
-            return out
-        workers = torch.get_num_threads() if first.device.type == "cpu" and out.numel() >= LARGE else 1
-        if workers == 1:
-            return out if self._round(out, 0, count) else None
-        cuts = [count * i // workers for i in range(workers + 1)]
-        with ThreadPoolExecutor(workers) as pool:
-            finite = list(pool.map(lambda a, b: self._round(out, a, b), cuts, cuts[1:]))
-        return out if all(finite) else None
-
-    def _round(self, out: Tensor, start: int, stop: int) -> bool:
-        """Write some rows to `out`; whether all of them are finite."""
-        with torch.no_grad():  # which is a setting of each thread
-            for run, rows in self.runs(start, stop):
-                here = out[run].copy_(rows)
-                low, high = torch.aminmax(torch.view_as_real(here) if here.is_complex() else here)
-                if not (torch.isfinite(low) and torch.isfinite(high)):
-                    return False
-        return True
+        for run, rows in self.runs() if first.device.type != "meta" else ():
+            here = out[run].copy_(rows)
+            low, high = torch.aminmax(torch.view_as_real(here) if here.is_complex() else here)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                return None
+        return out

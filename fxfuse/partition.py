@@ -1,0 +1,75 @@
+"""Which branches of a join to merge: the cheapest partition of a sum, the cheapest cut of a concatenation.
+
+Pure combinatorics over a price for each group of branches; what a group costs is the planner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import combinations
+
+Price = tuple[int, Fraction, int]
+Group = tuple[int, ...]
+FREE: Price = (0, Fraction(0), 0)
+NODE: Price = (0, Fraction(0), 1)
+EXACT = 6  # groups up to which every partition is tried
+
+
+def plus(*prices: Price) -> Price:
+    return sum(p[0] for p in prices), sum((p[1] for p in prices), Fraction(0)), sum(p[2] for p in prices)
+
+
+def partition(count: int, price: Callable[[Group], Price | None]) -> list[Group]:
+    """Cheapest partition of `count` branches; `price` is None for a group that cannot be one operator.
+
+    More than EXACT branches are first merged greedily. A tie merges less.
+    """
+    units: list[Group] = [(i,) for i in range(count)]
+    if len(units) > EXACT:
+        units = _greedy(units, price)
+    if len(units) > EXACT:
+        return units
+    best: dict[Group, tuple[Price, list[Group]]] = {(): (FREE, [])}
+
+    def solve(rest: Group) -> tuple[Price, list[Group]]:
+        if rest not in best:
+            found = None
+            first, others = rest[0], rest[1:]
+            for mask in range(1 << len(others)):
+                taken = (first, *(o for k, o in enumerate(others) if mask >> k & 1))
+                group = tuple(i for unit in taken for i in units[unit])
+                if (alone := price(group)) is None:
+                    continue
+                tail = solve(tuple(o for o in others if o not in taken))
+                total = plus(alone, tail[0], NODE)
+                if found is None or total < found[0]:
+                    found = (total, [group, *tail[1]])
+            assert found is not None  # every branch alone is a group
+            best[rest] = found
+        return best[rest]
+
+    return solve(tuple(range(len(units))))[1]
+
+
+def _greedy(groups: list[Group], price: Callable[[Group], Price | None]) -> list[Group]:
+    """Merge the first two groups that get cheaper by it, until no two do."""
+    for a, b in combinations(groups, 2):
+        together, one, two = price(a + b), price(a), price(b)
+        if together is None or one is None or two is None:
+            continue
+        if together < plus(one, two, NODE):
+            return _greedy([a + b if g == a else g for g in groups if g != b], price)
+    return groups
+
+
+def cut(count: int, price: Callable[[int, int], Price | None]) -> list[Group]:
+    """Cheapest cut of `count` branches, whose order counts, into runs i to j (inclusive)."""
+    best: list[tuple[Price, list[Group]]] = [(FREE, [])]
+    for j in range(count):
+        options = []
+        for i in range(j, -1, -1):  # shortest run first: a tie merges less
+            if (alone := price(i, j)) is not None:
+                options.append((plus(best[i][0], alone, NODE), [*best[i][1], tuple(range(i, j + 1))]))
+        best.append(min(options, key=lambda o: o[0]))
+    return best[-1][1]
