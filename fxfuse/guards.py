@@ -168,7 +168,7 @@ def _random_states() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     numbers = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else ()
     return (
-        torch.get_rng_state().numpy().tobytes(),
+        bytes(torch.get_rng_state().tolist()),  # numpy need not be there
         random.getstate(),
         [n.tobytes() if hasattr(n, "tobytes") else n for n in numbers],
     )
