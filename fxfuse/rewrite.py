@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from .algebra import needs_pad
+from .assemble import assemble
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
-from .copying import copied
 from .effects import shape_reader
 from .materialize import Stored, blank, layer, sources, tensors
 from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site
@@ -25,19 +24,7 @@ from .refusal import Refusal
 from .regions import Join, part_nodes
 from .view import View
 
-STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
-
-
-@dataclass(frozen=True)
-class KeepHooks:
-    """Gives a GraphModule the hooks of the model; its deepcopy would lose them."""
-
-    hooks: dict[str, Any]
-
-    def __call__(self, module: GraphModule) -> None:
-        for name, hooks in self.hooks.items():
-            setattr(module, name, copy.copy(hooks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,41 +275,8 @@ class Rewriter:
         return sum(used.values())
 
     def build(self) -> GraphModule:
-        """The GraphModule: fused layers fresh, every other module and tensor copied."""
-        captured = self.view.captured
-        root, memo = captured.root, dict[int, Any]()
-        state: dict[str, Any] = {}
-        hidden: list[str] = []
-        for node in self.graph.nodes:
-            target = str(node.target)
-            if target in state or node.op not in ("call_module", "get_attr"):
-                continue
-            if target in self.layers:
-                state[target] = self.layers[target]
-            elif target in captured.constants:
-                state[target] = _copied(captured.constants[target], memo)
-            else:
-                owner, _, name = target.rpartition(".")
-                holder = root.get_submodule(owner)
-                state[target] = _copied(getattr(holder, name), memo)
-                if name in holder._non_persistent_buffers_set:
-                    hidden.append(target)
-        self.graph.owning_module = None
-        result = GraphModule(state, self.graph, type(root).__name__)
-        result.training = False
-        for module in result.modules():
-            if type(module) is nn.Module:  # the containers that GraphModule made for the paths
-                module.training = False
-        for target in hidden:
-            owner, _, name = target.rpartition(".")
-            result.get_submodule(owner)._non_persistent_buffers_set.add(name)
-        flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
-        hooks = {name: getattr(root, name) for name in (*HOOKS, *flags) if getattr(root, name, None)}
-        if hooks:
-            keep = KeepHooks(hooks)
-            keep(result)
-            result._register_deepcopy_hook(keep)
-        return result
+        """The GraphModule of the rewritten graph."""
+        return assemble(self.view.captured, self.graph, self.layers)
 
 
 def fused_operators(segments: Iterable[Segment]) -> list[Operator]:
@@ -372,13 +326,3 @@ def _rank_assert(node: Node) -> Any:
     if isinstance(asked, Node) and shape_reader(asked) == "rank" and isinstance(asked.args[0], Node):
         return asked.args[0], condition.args[1]
     return None
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy; modules without state of their own take a shorter way to the same."""
-    if type(value) in STATELESS and id(value) not in memo:
-        new = value.__class__.__new__(value.__class__)
-        new.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in value.__dict__.items()})
-        memo[id(value)] = new
-        return new
-    return copied(value, memo)
