@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class Captured:
     constants: dict[str, Tensor] = field(default_factory=dict)
     how: str = "symbolic"
     whole: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module of the root by each of its paths."""
+        return dict(self.root.named_modules(remove_duplicate=False))
 
 
 def capture(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Captured:

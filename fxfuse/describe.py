@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.fx import Graph, Node
 
-from .plan import Fuse, Plan, Rejoin, Segment
+from .plan import Fuse, Plan, fuses
 from .record import Operator
 from .regions import Join, Step
 from .report import Fired, Totals
@@ -49,17 +49,7 @@ def _macs(op: Operator, node: Node, view: View) -> int:
 
 def fired(plan: Plan, view: View, names: Mapping[Operator, str]) -> tuple[Fired, ...]:
     """One entry for every fused layer, in execution order."""
-    return tuple(_describe(f, view, names) for site in plan.sites for f in _fuses(site.segments))
-
-
-def _fuses(segments: Iterable[Segment]) -> list[Fuse]:
-    found: list[Fuse] = []
-    for segment in segments:
-        if isinstance(segment, Fuse):
-            found.append(segment)
-        elif isinstance(segment, Rejoin):
-            found += [f for piece in segment.pieces for f in _fuses(piece)]
-    return found
+    return tuple(_describe(f, view, names) for site in plan.sites for f in fuses(site.segments))
 
 
 def _steps(parts: Iterable[Step | Join]) -> list[Step | None]:

@@ -169,3 +169,15 @@ def shape_reader(node: Node) -> str | None:
     if node.op == "call_function" and node.target in (torch.is_floating_point, torch.numel):
         return "shape" if node.target is torch.numel else "dtype"
     return None
+
+
+def rank_check(node: Node) -> tuple[Node, int] | None:
+    """(tensor, rank) of `assert x.ndim == rank`, also spelled `x.dim() == rank`; None for any other node."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "_assert":
+        return None
+    condition = node.args[0]
+    if not isinstance(condition, Node) or condition.target is not operator.eq:
+        return None
+    asked, rank = condition.args[:2]
+    tensor = asked.args[0] if isinstance(asked, Node) and shape_reader(asked) == "rank" else None
+    return (tensor, rank) if isinstance(tensor, Node) and isinstance(rank, int) else None

@@ -7,7 +7,6 @@ and its output; one pass forward, one back and one forward again carry them thro
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +15,7 @@ from torch.fx import Graph, Node
 
 from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
 from .dtypes import find_dtypes
+from .effects import rank_check
 from .fact import Fact, fact_of, of_shape, same_rank, same_shape
 
 _POOL_NAMES = {
@@ -204,17 +204,6 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
             same_shape(x, out)
         elif (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
             _spatial(x, out, _POOL_NAMES[name], channels=True)
-        elif name == "_assert":
-            _relate_assert(source, facts)
-
-
-def _relate_assert(condition: Node, facts: Mapping[Node, Fact]) -> None:
-    """`assert x.ndim == 4`, also spelled `x.dim() == 4`."""
-    if condition.target is not operator.eq or not isinstance(condition.args[1], int):
-        return
-    rank = condition.args[0]
-    if isinstance(rank, Node) and rank.args and isinstance(rank.args[0], Node):
-        asks = (rank.target is getattr and rank.args[1] == "ndim") or rank.target in ("dim", "ndimension")
-        if asks:
-            facts[rank.args[0]].at_least(condition.args[1])
-            facts[rank.args[0]].at_most(condition.args[1])
+        elif check := rank_check(node):
+            facts[check[0]].at_least(check[1])
+            facts[check[0]].at_most(check[1])

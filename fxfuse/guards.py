@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .containers import put_back
 from .refusal import CaptureError
 from .tracer import INPLACE
 
@@ -62,33 +63,13 @@ def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterato
                 module.__dict__[table].clear()
                 module.__dict__[table].update(content)
             for name, copy in containers.items():
-                if _put_back(module.__dict__[name], copy):
+                if put_back(module.__dict__[name], copy):
                     changed.append("self." + f"{path}.{name}".lstrip("."))
 
 
 def _containers(module: nn.Module) -> dict[str, Any]:
     kinds = (list, set, deque, dict)
     return {k: v.copy() for k, v in module.__dict__.items() if type(v) in kinds and not k.startswith("_")}
-
-
-def _put_back(value: Any, copy: Any) -> bool:
-    """Give a list, set, deque or dict its old content; whether the change could matter to a later call.
-
-    New keys in a dict are a memo: without them a forward computes what it had stored.
-    """
-    if isinstance(value, dict):
-        same = all(k in value and value[k] is v for k, v in copy.items())
-        value.clear()
-        value.update(copy)
-        return not same
-    if isinstance(value, set):
-        same = value == copy
-    else:
-        same = len(value) == len(copy) and all(a is b for a, b in zip(value, copy, strict=True))
-    if not same:
-        value.clear()
-        (value.update if isinstance(value, set) else value.extend)(copy)
-    return not same
 
 
 @contextmanager

@@ -139,8 +139,7 @@ def _analyse(
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
     captured = capture(model, inputs)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    before = describe.totals(captured.graph, modules, sum(p.numel() for p in model.parameters()), None)
+    before = describe.totals(captured.graph, captured.modules, sum(p.numel() for p in model.parameters()), None)
     drop_identities(captured)
     view = look(captured, propagate(captured, inputs))
     before = Totals(before.nodes, before.params, describe.macs(view), before.ops)

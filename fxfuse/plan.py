@@ -27,6 +27,7 @@ from .refusal import Refusal
 from .regions import Chain, Join, Step, find, part_nodes
 from .view import View
 
+UNREACHED: Price = (10**9, Fraction(0), 0)
 WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number
 
 
@@ -104,9 +105,10 @@ class Planner:
                 continue
             best = self._chain(chain, Fraction(1))
             self.refusals.extend(best.notes)
-            if any(_changes(s) for s in best.segments):
+            stretches = list(fuses(best.segments))
+            if stretches:
                 sites.append(Site(chain.source, best.segments))
-                self.fused.update(_fused_nodes(best.segments))
+                self.fused.update(n for f in stretches for p in f.parts for n in part_nodes(p))
         return Plan(
             tuple(sites),
             tuple(dict.fromkeys((*self.refusals, *left_over(self.view, self.patterns, self.joined, self.fused)))),
@@ -156,9 +158,7 @@ class Planner:
             options.append(option)
             areas.append(self._after(part, areas[-1]))
         count = len(options)
-        best: list[tuple[Price, int, Fuse | None]] = [(FREE, 0, None)] * (count + 1)
-        for i in range(1, count + 1):
-            best[i] = (plus((10**9, Fraction(0), 0), FREE), 0, None)
+        best: list[tuple[Price, int, Fuse | None]] = [(FREE, 0, None), *[(UNREACHED, 0, None)] * count]
         whole: Operator | Refusal = IDENTITY
         for i in range(count):
             here = best[i][0]
@@ -320,9 +320,9 @@ class Planner:
             both = self._combine("chain", f, g)
             apart = ((f, areas[left[1]]), (g, areas[right[1]]))
             if isinstance(both, Operator):
-                refusal = self._dear(both, *apart, areas[right[1]])
+                refusal = self._dear(both, apart, areas[right[1]])
             elif _multipliable(f, g):
-                numbers = self._dear(algebra.product(f, g), *apart, areas[right[1]]).detail
+                numbers = self._dear(algebra.product(f, g), apart, areas[right[1]]).detail
                 refusal = replace(both, detail=f"{both.detail}; merged, {numbers}" if both.detail else numbers)
             else:
                 refusal = both
@@ -343,13 +343,10 @@ class Planner:
         ops = [(o, area) for o in singles if isinstance(o, Operator)]
         if not any(o.weighted for o, _ in ops):
             return []
-        return [self._dear(whole, *ops, area).at(ops[0][0].path or str(join.node))]
+        return [self._dear(whole, ops, area).at(ops[0][0].path or str(join.node))]
 
-    def _dear(self, both: Operator, *rest: tuple[Operator, Fraction] | Fraction) -> Refusal:
+    def _dear(self, both: Operator, apart: Sequence[tuple[Operator, Fraction]], area: Fraction) -> Refusal:
         """The refusal of a merge that is exact but does not pay, with its two numbers."""
-        apart = [r for r in rest if isinstance(r, tuple)]
-        area = rest[-1]
-        assert isinstance(area, Fraction)
         ready = algebra.finish(both)
         pattern = both.applied[-1] if len(set(both.applied)) == 1 else ""
         new = [a for a in both.applied if a not in [x for op, _ in apart for x in op.applied]]
@@ -388,16 +385,11 @@ def _number(value: Fraction) -> str:
     return f"{float(value):,.0f}" if value >= 1000 else f"{float(value):,.6g}"
 
 
-def _fused_nodes(segments: Iterable[Segment]) -> Iterator[Node]:
+def fuses(segments: Iterable[Segment]) -> Iterator[Fuse]:
+    """Every fused stretch, those inside a join that stays included, in order."""
     for segment in segments:
         if isinstance(segment, Fuse):
-            yield from (n for p in segment.parts for n in part_nodes(p))
+            yield segment
         elif isinstance(segment, Rejoin):
             for piece in segment.pieces:
-                yield from _fused_nodes(piece)
-
-
-def _changes(segment: Segment) -> bool:
-    if isinstance(segment, Rejoin):
-        return segment.merged or any(_changes(s) for p in segment.pieces for s in p)
-    return isinstance(segment, Fuse)
+                yield from fuses(piece)

@@ -16,9 +16,9 @@ from .algebra import needs_pad
 from .assemble import assemble
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
-from .effects import shape_reader
+from .effects import rank_check, shape_reader
 from .materialize import Stored, blank, layer, sources, tensors
-from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site
+from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .record import Operator
 from .refusal import Refusal
 from .regions import Join, part_nodes
@@ -37,7 +37,7 @@ class Recipe:
 
 def drop_identities(captured: Captured) -> int:
     """Take `nn.Identity` calls out of the graph; how many there were."""
-    modules = dict(captured.root.named_modules(remove_duplicate=False))
+    modules = captured.modules
     count = 0
     for node in list(captured.graph.nodes):
         if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity and len(node.args) == 1:
@@ -74,7 +74,7 @@ class Rewriter:
         done, failed = list[Site](), list(plan.refusals)
         stored = self._stored(plan)
         for site in plan.sites:
-            pairs = [(op, stored[op]) for op in fused_operators(site.segments)]
+            pairs = [(op, stored[op]) for op in _operators(site)]
             refused = [r.at(op.path) for op, r in pairs if isinstance(r, Refusal)]
             failed += refused
             done += [] if refused else [site]
@@ -92,7 +92,7 @@ class Rewriter:
 
     def _stored(self, plan: Plan) -> Mapping[Operator, Stored | Refusal]:
         """The weights of all sites, computed before anything is changed."""
-        ops = dict.fromkeys(op for site in plan.sites for op in fused_operators(site.segments))
+        ops = dict.fromkeys(op for site in plan.sites for op in _operators(site))
         return {op: blank(op) for op in ops} if self.dry_run else tensors(ops, self.values)
 
     def _requires_grad(self, attr: Attr) -> bool:
@@ -103,7 +103,7 @@ class Rewriter:
 
     def _release(self, sites: Iterable[Site]) -> None:
         """Free the names of modules and attributes that only the fused sites use."""
-        fused = {n for s in sites for part in _fused_parts(s.segments) for n in part_nodes(part)}
+        fused = {n for s in sites for n in _nodes(s)}
         kept = {str(n.target) for n in self.graph.nodes if n.op == "call_module" and n not in fused}
         kept |= {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and not set(n.users) <= fused}
         self.taken = kept
@@ -230,7 +230,7 @@ class Rewriter:
 
     def _redirect_readers(self, site: Site) -> None:
         """Let those that ask a vanishing tensor for its rank or dtype ask the site's input."""
-        for node in [n for p in _fused_parts(site.segments) for n in part_nodes(p)]:
+        for node in _nodes(site):
             for user in list(node.users):
                 if shape_reader(user) in ("rank", "dtype"):
                     user.replace_input_with(node, self._current(site.source))
@@ -239,7 +239,7 @@ class Rewriter:
         """Erase what the sites replaced, and what nobody reads because of it."""
         asserted: set[Any] = set()
         for node in list(self.graph.nodes):  # one check of a rank per tensor is enough
-            key = _rank_assert(node)
+            key = rank_check(node)
             if key is not None:
                 if key in asserted:
                     self.condemned.add(node)
@@ -259,7 +259,7 @@ class Rewriter:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
-        return dict(self.view.captured.root.named_modules(remove_duplicate=False)) | self.layers
+        return self.view.captured.modules | self.layers
 
     def params(self) -> int:
         """Parameters that the rewritten graph uses, each tensor once."""
@@ -279,31 +279,20 @@ class Rewriter:
         return assemble(self.view.captured, self.graph, self.layers)
 
 
-def fused_operators(segments: Iterable[Segment]) -> list[Operator]:
-    """Operators of all fused stretches, in order."""
-    found = []
-    for segment in segments:
-        if isinstance(segment, Fuse):
-            found.append(segment.op)
-        elif isinstance(segment, Rejoin):
-            found += [op for piece in segment.pieces for op in fused_operators(piece)]
-    return found
+def _operators(site: Site) -> list[Operator]:
+    """Operators of all fused stretches of a site, in order."""
+    return [f.op for f in fuses(site.segments)]
+
+
+def _nodes(site: Site) -> list[Node]:
+    """Nodes of all fused stretches of a site."""
+    return [n for f in fuses(site.segments) for p in f.parts for n in part_nodes(p)]
 
 
 def _above(name: str) -> list[str]:
     """`a` and `a.b` for `a.b.c`."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _fused_parts(segments: Iterable[Segment]) -> list[Any]:
-    parts: list[Any] = []
-    for segment in segments:
-        if isinstance(segment, Fuse):
-            parts += segment.parts
-        elif isinstance(segment, Rejoin):
-            parts += [p for piece in segment.pieces for p in _fused_parts(piece)]
-    return parts
 
 
 def _exits(part: Any) -> list[Node]:
@@ -313,16 +302,3 @@ def _exits(part: Any) -> list[Node]:
 def _ends_in_coefficient(piece: tuple[Segment, ...]) -> bool:
     """Whether a coefficient of the join went into a fused layer of the branch."""
     return any(isinstance(s, Fuse) and any(not _exits(p) for p in s.parts) for s in piece)
-
-
-def _rank_assert(node: Node) -> Any:
-    """(tensor, rank) of `_assert(x.ndim == rank)`; None for any other node."""
-    if node.op != "call_function" or getattr(node.target, "__name__", "") != "_assert":
-        return None
-    condition = node.args[0]
-    if not isinstance(condition, Node) or condition.target is not operator.eq:
-        return None
-    asked = condition.args[0]
-    if isinstance(asked, Node) and shape_reader(asked) == "rank" and isinstance(asked.args[0], Node):
-        return asked.args[0], condition.args[1]
-    return None

@@ -11,13 +11,14 @@ import linecache
 import operator
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from .containers import put_back
 from .kinds import is_number, is_tensor
 from .layers import layer_type
 from .refusal import CaptureError
@@ -186,16 +187,5 @@ def _lists(module: nn.Module) -> list[tuple[Any, Any]]:
 
 def _restore(lists: list[tuple[Any, Any]]) -> bool:
     """Put saved lists and sets back; whether anything had changed."""
-    changed = False
-    for value, saved in lists:
-        if len(value) != len(saved) or any(a is not b for a, b in _pairs(value, saved)):
-            changed = True
-            value.clear()
-            value.update(saved) if isinstance(value, set) else value.extend(saved)
-    return changed
-
-
-def _pairs(value: Any, saved: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(value, set):
-        return iter(() if value == saved else ((value, saved),))
-    return zip(value, saved, strict=True)
+    changed = [put_back(value, saved) for value, saved in lists]  # all of them, not up to the first
+    return any(changed)

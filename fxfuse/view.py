@@ -53,7 +53,7 @@ class View:
 def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
     """Read every node of the graph; `shapes` holds output shapes where example inputs gave them."""
     graph, root = captured.graph, captured.root
-    modules = dict(root.named_modules(remove_duplicate=False))
+    modules = captured.modules
 
     def attr(path: str) -> Attr | None:
         tensor = tensor_at(root, path)

@@ -35,14 +35,20 @@ def inputs(channels: int, spatial: int) -> list[Tensor]:
     return [integers((2 - i, channels, *size), i) for i, size in enumerate(SIZES[spatial])]
 
 
-def check(build: Build, tensors: list[Tensor], executed: dict[str, int]) -> None:
-    """The rewrite is exact on every tensor, executes what is said and leaves the model alone."""
+def optimized(build: Build, tensors: list[Tensor], patterns: Any) -> tuple[nn.Module, Any]:
+    """The model and its rewrite, which is exact on every tensor and leaves the model alone."""
     model = randomize(build().double(), integer=True)
     expected, before = [model(x) for x in tensors], fingerprint(model)
-    fused = fxfuse.optimize(model, tensors[0], patterns=EVERY)
+    fused = fxfuse.optimize(model, tensors[0], patterns=patterns)
     for x, y in zip(tensors, expected, strict=True):
         assert torch.equal(fused(x), y)
     assert_untouched(model, before)
+    return model, fused
+
+
+def check(build: Build, tensors: list[Tensor], executed: dict[str, int]) -> None:
+    """The rewrite is exact on every tensor, executes what is said and leaves the model alone."""
+    _, fused = optimized(build, tensors, EVERY)
     counts = count(fused, tensors[0])
     assert {name: counts[name] for name in LAYERS if counts[name]} == executed, fxfuse.report(fused)
 
