@@ -27,9 +27,12 @@ class KeepHooks:
             setattr(module, name, copy.copy(hooks))
 
 
-def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module]) -> GraphModule:
-    """The GraphModule of `graph`: `layers` as they are, every other module and tensor copied."""
-    root, memo = captured.root, dict[int, Any]()
+def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], memo: dict[int, Any]) -> GraphModule:
+    """The GraphModule of `graph`: `layers` as they are, every other module and tensor copied.
+
+    `memo` (by id) holds what was copied or replaced before, as for deepcopy.
+    """
+    root = captured.root
     state: dict[str, Any] = {}
     hidden: list[str] = []
     for node in graph.nodes:

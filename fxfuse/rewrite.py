@@ -274,9 +274,9 @@ class Rewriter:
                 used.update({id(value): value.numel()} if isinstance(value, nn.Parameter) else {})
         return sum(used.values())
 
-    def build(self) -> GraphModule:
-        """The GraphModule of the rewritten graph."""
-        return assemble(self.view.captured, self.graph, self.layers)
+    def build(self, memo: dict[int, Any]) -> GraphModule:
+        """The GraphModule of the rewritten graph; `memo` as in `assemble`."""
+        return assemble(self.view.captured, self.graph, self.layers, memo)
 
 
 def _operators(site: Site) -> list[Operator]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
 from .containers import put_back
-from .kinds import is_number, is_tensor
+from .kinds import extremes_recorded, is_number, is_tensor, number_type
 from .layers import layer_type
 from .refusal import CaptureError
 
@@ -59,6 +59,8 @@ class FuseProxy(Proxy):
         tracer = self.tracer
         if isinstance(tracer, FuseTracer) and is_tensor(self.node, tracer.root):
             return Tensor
+        if (number := number_type(self.node)) is not None:
+            return number
         raise CaptureError("the forward asks for the type of a value, which is only known when it runs")
 
 
@@ -94,7 +96,8 @@ class FuseTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         self._modes = _modes()
-        return super().trace(root, concrete_args)
+        with extremes_recorded():
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: Node) -> Proxy:
         return FuseProxy(node, self)

@@ -18,7 +18,7 @@ from .shapes import run_copy
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-def verify(model: nn.Module, fused: GraphModule, inputs: tuple[Any, ...], tolerance: float | None) -> float:
+def verify(model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], tolerance: float | None) -> float:
     """Largest error of `fused` relative to the largest output of `model`.
 
     Raises:
@@ -73,11 +73,13 @@ class _Recorder(Interpreter):
         return result
 
 
-def first_difference(model: nn.Module, fused: GraphModule, inputs: tuple[Any, ...], allowed: float) -> str:
+def first_difference(model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], allowed: float) -> str:
     """The first fused layer whose output differs from the value it stands for."""
     from .capture import capture
     from .rewrite import drop_identities
 
+    if not isinstance(fused, GraphModule) or not any("fxfuse_exit" in n.meta for n in fused.graph.nodes):
+        return "the model is no single graph in which to look for the place"
     captured = capture(copy.deepcopy(model))
     drop_identities(captured)
     for name, tensor in captured.constants.items():

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .arguments import Affine, Unknown
 from .border_fill import border_fills
-from .capture import Captured
+from .capture import Captured, stays
 from .constants import Attr, leaves
 from .dialect import Call, read
 from .effects import Effects, shape_reader
@@ -87,12 +87,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
             affine[node] = result
     for node in graph.nodes:
         if node.op == "call_module" and node.target in captured.whole:
-            refused[node] = Refusal(
-                "the module is kept whole: its forward cannot be traced",
-                where=str(node.target),
-                detail=captured.whole[node.target],
-                remedy="make its forward independent of its input's data and size, and free of side effects",
-            )
+            refused[node] = stays(str(node.target), captured.whole[node.target])
     return View(captured, affine, refused, constants, effects, facts, shapes, calls)
 
 

@@ -16,7 +16,7 @@ REASONS = {
     "border": "pads with a value that is not the bias of the first: the border would differ",
     "sources": "does not start at one tensor: something between is not linear",
     "norm": "batch_norm follows no convolution or linear layer of constant weight",
-    "whole": "the module is kept whole: its forward cannot be traced",
+    "whole": "the module stays Python: its forward cannot be traced",
     "product": "a product of two computed tensors is not linear",
 }
 OPERATIONS = ("conv", "bn", "add", "cat", "pool", "linear")
