@@ -1,8 +1,8 @@
 """What a model executes in one call, seen by PyTorch's dispatcher: nothing here asks fxfuse or reads a graph.
 
 Counted are convolutions, linear layers, batch norms in eval mode and multiply-accumulates. Each such batch norm
-whose input comes straight from a convolution or a linear layer, through nothing but views and copies, is listed
-by the modules that own the two weights.
+is listed by the module that owns its statistics, with the convolution or linear layer that its input comes straight
+from, through nothing but views and copies.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Executed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered.
 
     Attributes:
-        convs, linears, norms, macs: totals. A matrix product is linear where its second factor is a parameter.
-        after_layers: (layer, norm) for each batch norm that directly follows a convolution or a linear layer.
+        convs, linears, macs: totals. A matrix product is linear where its second factor is a parameter.
+        left: (layer or None, norm) for each batch norm and the convolution or linear layer it directly follows.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         self.owners = {_address(t): name.rpartition(".")[0] or name for name, t in tensors}
-        self.convs = self.linears = self.norms = self.macs = 0
-        self.after_layers: list[tuple[Layer, Layer]] = []
+        self.convs = self.linears = self.macs = 0
+        self.left: list[tuple[Layer | None, Layer]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -87,15 +87,13 @@ class Executed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _norm(self, mean: int, training: int | None, args: tuple[Any, ...]) -> Layer | None:
         if args[mean] is None or (training is not None and args[training]):
             return None
-        self.norms += 1
         norm = Layer("batch_norm", self.owners.get(_address(args[mean]), ""))
         before = getattr(args[0], "made_by", None)
-        if before is not None and before.kind != "batch_norm":
-            self.after_layers.append((before, norm))
+        self.left.append((None if before is None or before.kind == "batch_norm" else before, norm))
         return norm
 
     def sizes(self) -> dict[str, int]:
-        return {"convs": self.convs, "linears": self.linears, "norms": self.norms, "macs": self.macs}
+        return {"convs": self.convs, "linears": self.linears, "norms": len(self.left), "macs": self.macs}
 
 
 def _address(tensor: Tensor) -> tuple[int, int]:

@@ -7,7 +7,7 @@
 Every model gets random weights and batch statistics, and a process of its own with a time limit: none can stop
 the run. Its record, a line of JSON in the results file, holds what zoo_check.py lists; a run that was interrupted
 goes on where it stopped. The exit code is 1 if a model was wrong, crashed or took too long, or if a batch norm
-stays behind a convolution or linear layer without a refusal that names either.
+stays that no refusal names.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fxfuse
-from fxfuse.capture import capture
+from fxfuse.hierarchy import survey
 
 from . import zoo_models
 from .executed import Executed
@@ -77,24 +77,23 @@ def check(name: str, options: dict[str, Any]) -> Record:
 
 def _run_eager(name: str, model: nn.Module) -> tuple[list[Any], list[Any], Executed]:
     """Two calls the model accepts, their outputs, and what the first one executed."""
-    calls, wants, counted = [], [], None
-    for tries in zoo_models.inputs(name, model):
-        error: Exception | None = None
-        for args in tries:
-            mode = Executed(model)
-            try:
-                wants.append(_call(model, args, mode))
-            except Exception as e:  # it does not take this size
-                error = e
-                continue
-            calls.append(args)
-            counted = counted or mode
-            break
-        else:
-            assert error is not None
-            raise error
-    assert counted is not None
-    return calls, wants, counted
+    calls = [_accepted(model, tries) for tries in zoo_models.inputs(name, model)]
+    zoo_models.calibrate(model, calls[0])
+    mode = Executed(model)
+    wants = [_call(model, calls[0], mode), _call(model, calls[1])]
+    return calls, wants, mode
+
+
+def _accepted(model: nn.Module, tries: list[Any]) -> Any:
+    """The first inputs that the model runs on; the error of the last where there are none."""
+    for args in tries[:-1]:
+        try:
+            _call(model, args)
+        except Exception:  # it does not take this size; models raise anything
+            continue
+        return args
+    _call(model, tries[-1])
+    return tries[-1]
 
 
 def _call(model: nn.Module, args: Any, mode: Executed | None = None) -> Any:
@@ -110,7 +109,7 @@ def _compare(model: nn.Module, calls: list[Any], wants: list[Any], options: dict
     optimize, extra = load(options["optimizer"]), options["optimize_options"]
     state = fingerprint(model)
     start = time.perf_counter()
-    capture(model, calls[0])
+    survey(model, calls[0], extra.get("capture"))
     captured = time.perf_counter()
     fused = optimize(model, calls[0], **extra)
     record: Record = {"capture_s": captured - start, "optimize_s": time.perf_counter() - captured}
@@ -148,22 +147,25 @@ def _error_in_double(model: nn.Module, calls: list[Any], optimize: Callable[...,
 
 
 def _norms_left(fused: nn.Module, mode: Executed) -> Record:
-    """How the result was captured, what fired, and the batch norms left after a layer that no refusal names."""
+    """How the result was captured, what fired, and the batch norms left that no refusal names.
+
+    One names it by its own path, that of the layer before it, or that of a module around either.
+    """
+    after_layers = {"norms_after_layers": sum(layer is not None for layer, _ in mode.left)}
     try:
         report = fxfuse.report(fused)
     except TypeError:  # another optimizer's result has no report
-        return {"norms_after_layers": len(mode.after_layers)}
+        return after_layers
     named = {r.where for r in report.refused}
     unexplained = [
-        f"{norm.path} after {layer.kind} {layer.path}"
-        for layer, norm in mode.after_layers
-        if not any(w in named for path in (layer.path, norm.path) for w in _ancestors(path))
+        norm.path + (f" after {layer.kind} {layer.path}" if layer else "")
+        for layer, norm in mode.left
+        if named.isdisjoint({*_ancestors(norm.path), *_ancestors(layer.path if layer else "")})
     ]
-    return {
+    return after_layers | {
         "capture": report.capture,
         "fired": len(report.fired),
         "refusals": {reason: len(sites) for (reason, _), sites in report.by_reason.items()},
-        "norms_after_layers": len(mode.after_layers),
         "unexplained": list(dict.fromkeys(unexplained)),
     }
 

@@ -26,11 +26,17 @@ declare_missing_ops()  # before anything imports timm or torchvision
 
 GROUPS = ("segmentation", "detection", "video", "optical_flow")
 EXCLUDED = {"quantization": "computes in integers, which no rewrite of fxfuse applies to"}
-# Few boxes, but some: by default a random model finds none, and two empty outputs are always equal.
-BOXES: dict[str, Any] = {
-    "min_size": 128, "max_size": 192, "box_score_thresh": 0.0, "box_detections_per_img": 20,
-    "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 20,
-    "score_thresh": 0.0, "detections_per_img": 20, "topk_candidates": 20,
+# A few boxes on a small image: by default a random model finds none, and two empty outputs are always equal.
+SMALL = {"min_size": 128, "max_size": 192}
+FEW = {"score_thresh": 0.0, "detections_per_img": 20, "topk_candidates": 20}
+FEW_BOXES: dict[str, dict[str, Any]] = {
+    "rcnn": SMALL | {
+        "box_score_thresh": 0.0, "box_detections_per_img": 20,
+        "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 20,
+    },
+    "retinanet": SMALL | FEW,
+    "fcos": SMALL | FEW,
+    "ssd": FEW,
 }  # fmt: skip
 
 
@@ -113,10 +119,7 @@ def _torchvision(name: str) -> nn.Module:
     taken = inspect.signature(builder).parameters
     options: dict[str, Any] = {k: None for k in ("weights", "weights_backbone") if k in taken}
     if group_of(name) == "detection":
-        if "rcnn" in name:
-            options |= {k: v for k, v in BOXES.items() if not k.startswith(("score", "det", "topk"))}
-        else:
-            options |= {k: v for k, v in BOXES.items() if k.startswith(("score", "det", "topk"))}
+        options |= next(few for kind, few in FEW_BOXES.items() if kind in name)
     model: nn.Module = builder(**options)
     return model
 
@@ -147,6 +150,32 @@ def _vary(model: nn.Module, seed: int) -> None:
                 parameter.copy_(noise)
             else:
                 parameter.copy_(constant * (1 + 0.3 * noise))
+
+
+def calibrate(model: nn.Module, args: Any, seed: int = 0) -> None:
+    """Running statistics near what the batch norms see on these inputs, in place; off by up to half a deviation.
+
+    With quite random ones a deep model saturates: its output is the same for every input, its boxes all score alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def note(norm: Any, given: tuple[Tensor, ...]) -> None:
+        x = given[0].detach().double().transpose(0, 1).flatten(1)
+        if x.shape[0] != norm.running_mean.numel() or not x.isfinite().all():
+            return  # its channels are elsewhere, as in a layer that permutes first: the random ones stay
+        noise = torch.rand(2, x.shape[0], generator=generator, dtype=torch.float64)
+        var = x.var(1, correction=0)
+        norm.running_mean.copy_(x.mean(1) + (noise[0] - 0.5) * var.sqrt())
+        norm.running_var.copy_((var + 1e-3 * var.mean() + 1e-6) * (0.5 + noise[1]))
+
+    norms = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    hooks = [m.register_forward_pre_hook(note) for m in norms]
+    try:
+        with torch.no_grad():
+            model(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def inputs(name: str, model: nn.Module) -> Iterator[list[Any]]:
