@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ WAYS = ("symbolic", "export", "hierarchical")
 class Part:
     """A module of the model: its graph, or None where it stays Python, and the parts below it.
 
-    `refused` are the sentences for what stays as it is.
+    `refused` are the sentences for what stays as it is; `asked` are plain attributes that are read from it.
     """
 
     path: str
@@ -33,6 +33,7 @@ class Part:
     captured: Captured | None
     parts: tuple[Part, ...] = ()
     refused: tuple[Refusal, ...] = ()
+    asked: frozenset[str] = frozenset()
 
     def walk(self) -> Iterator[Part]:
         """This part and all below it, inner ones first: they are made before what holds them."""
@@ -115,7 +116,11 @@ class _Survey:
     def python(self, path: str, module: nn.Module, reason: str) -> Part:
         """A module that stays Python, and what can be taken of it."""
         found = reach(module)
-        parts = [p for n, m, given in found.replaceable(module) for p in self.take(_join(path, n), m, given)]
+        parts = [
+            replace(p, asked=frozenset(found.asked.get(name, ())))
+            for name, m, given in found.replaceable(module)
+            for p in self.take(_join(path, name), m, given)
+        ]
         refused = [stays(path or type(module).__name__, reason)]
         if found.opaque and any(module.children()):
             inside = "what is inside stays as it is, too"

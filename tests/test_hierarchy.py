@@ -85,6 +85,10 @@ def asks_parameters(self: Any, x: Tensor) -> Tensor:
     return self.a(x.to(next(self.parameters()).dtype)) if self.b is not None and self.a else x
 
 
+def asks_plain(self: Any, x: Tensor) -> Tensor:
+    return self.a(x)[..., : self.a.size[0]] * self.a.factor
+
+
 def whole(self: Any, x: Tensor) -> Tensor:
     return self.seq(x)
 
@@ -105,6 +109,7 @@ TAKEN: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "items": (items, {"named.x", "named.y"}),
     "dtype asked": (asks_parameters, {"a"}),
     "flag off": (flag, {"a"}),
+    "plain values": (asks_plain, {"a"}),
 }
 
 
@@ -112,7 +117,7 @@ TAKEN: dict[str, tuple[Callable[..., Any], set[str]]] = {
 def test_what_is_only_called_is_optimized(case: str) -> None:
     forward, parts = TAKEN[case]
     model = python(forward)
-    model.checkpointing = False
+    model.checkpointing, model.a.size, model.a.factor = False, (3, 4), 2.5
     fused = agrees(model, fires=True)
     report = fxfuse.report(fused)
     assert report.capture == "hierarchical" and type(fused) is type(model)
