@@ -15,10 +15,11 @@ from torch import nn
 
 from .capture import Captured, capture, stays, unusable
 from .exported import export
-from .reach import reach
+from .reach import outside, reach
 from .refusal import CaptureError, Refusal
 
 WAYS = ("symbolic", "export", "hierarchical")
+STAYS = "what is inside stays as it is"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ class _Survey:
         """A submodule of which only the call is used, with `given` positional arguments."""
         if id(module) in self.shared or not any(module.children()):
             return []
+        if holder := outside(module):
+            reason = "an attribute of it holds a module elsewhere, which may change while it runs"
+            return [Part(path, module, None, refused=(Refusal(STAYS, path, detail=f"{holder}: {reason}"),))]
         try:
             return [self.graph(path, module, capture(module, given=given, nested=True))]
         except CaptureError as error:
@@ -123,8 +127,7 @@ class _Survey:
         ]
         refused = [stays(path or type(module).__name__, reason)]
         if found.opaque and any(module.children()):
-            inside = "what is inside stays as it is, too"
-            refused.append(Refusal(inside, path or type(module).__name__, detail=found.opaque))
+            refused.append(Refusal(STAYS, path or type(module).__name__, detail=found.opaque))
         refused += [
             Refusal(
                 "the module stays as it is: the Python code around it uses more of it than its call",

@@ -75,6 +75,15 @@ def reach(module: nn.Module) -> Reach:
     return found
 
 
+def outside(module: nn.Module) -> str:
+    """Path of a submodule one of whose attributes holds a module elsewhere, whose changes a graph would not see."""
+    inside = {id(m) for m in module.modules()}
+    for path, inner in module.named_modules():
+        if any(id(m) not in inside for m in _held(vars(inner))):
+            return path or type(module).__name__
+    return ""
+
+
 class _Methods:
     """Walks the methods that `forward` can reach, each once."""
 
