@@ -19,21 +19,30 @@ from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, Call
 _CASTS = {"float": torch.float32, "half": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
 _SAME = {"batch_norm", "avg_pool", "pad", "dropout", "identity", "neg", "flip", "narrow", "index_select"}
 _SAME |= {"channel_shuffle", "flatten"}
-_KEPT_METHODS = set("view reshape permute transpose unsqueeze squeeze expand repeat mean sum softmax".split())
-_KEPT_METHODS |= ELEMENTWISE_METHODS - {*_CASTS, "type_as"}
+_KEPT_METHODS = ELEMENTWISE_METHODS - {*_CASTS, "type_as"}
+_MOVES = set("flatten unflatten reshape like transpose permute unsqueeze squeeze expand expand_like repeat".split())
+_MOVES |= {"select"}
+_AVERAGES = {"average", "reduce", "adaptive_avg_pool", "interpolate", "same", "layer_norm"}
 _LAYERS = "activation pooling normalization instancenorm upsampling pixelshuffle flatten".split()
 _LAYER_MODULES = tuple(f"torch.nn.modules.{name}" for name in _LAYERS)
 
 
 def find_dtypes(
-    graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module], known: Mapping[Node, torch.dtype]
+    graph: Graph,
+    calls: Mapping[Node, Call],
+    shapings: Mapping[Node, Call],
+    modules: Mapping[str, nn.Module],
+    known: Mapping[Node, torch.dtype],
 ) -> dict[Node, torch.dtype]:
     """Dtypes that hold for every input the model accepts, and `known` ones (from example inputs)."""
     found = dict(known)
     nodes = list(graph.nodes)
     for order in (nodes, nodes[::-1], nodes):
         for node in order:
-            _relate(node, calls.get(node), found, modules)
+            if node in shapings:
+                _relate_shaping(node, shapings[node], found)
+            else:
+                _relate(node, calls.get(node), found, modules)
     return found
 
 
@@ -59,6 +68,21 @@ def _relate(node: Node, call: Call | None, found: dict[Node, torch.dtype], modul
             found[source] = found[node] = dtype
     elif isinstance(source, Node) and call.op in ("chunk", "split") and source in found:
         found[node] = found[source]
+
+
+def _relate_shaping(node: Node, call: Call, found: dict[Node, torch.dtype]) -> None:
+    """What moves, averages or normalizes values keeps a floating dtype; only what moves them keeps any."""
+    if call.op in ("matmul", "bmm", "attention"):
+        _promote(node, tuple(call.args[n] for n in ("input", "other", "key", "value") if n in call.args), found)
+        return
+    source = call.args.get("input")
+    if not isinstance(source, Node) or call.args.get("dtype") is not None or call.op not in _MOVES | _AVERAGES:
+        return
+    if node.target in ("argmax", "argmin", "all", "any", torch.argmax, torch.argmin, torch.all, torch.any):
+        return
+    dtype = found.get(source, found.get(node) if call.op in _MOVES else None)
+    if dtype is not None and (call.op in _MOVES or dtype.is_floating_point):
+        found[source] = found[node] = dtype
 
 
 def _promote(node: Node, operands: tuple[Any, ...], found: dict[Node, torch.dtype]) -> None:

@@ -13,26 +13,32 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from . import ranks
 from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
 from .dtypes import find_dtypes
 from .effects import rank_check
 from .fact import Fact, fact_of, of_shape, same_rank, same_shape
+from .shaping import plain
 
 _POOL_NAMES = {
-    f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
+    f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")
 }
 _POOL_MODULES = {
-    getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+    getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")
 }
 
 
 def infer(
-    graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module], shapes: Mapping[Node, torch.Size]
+    graph: Graph,
+    calls: Mapping[Node, Call],
+    shapings: Mapping[Node, Call],
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
     """Facts of every node; `shapes` (from example inputs) are taken as they are."""
-    sure = _propagate(graph, calls, modules, {})
-    facts = _propagate(graph, calls, modules, shapes) if shapes else sure
-    dtypes = find_dtypes(graph, calls, modules, getattr(shapes, "dtypes", {}))
+    sure = _propagate(graph, calls, shapings, modules, {})
+    facts = _propagate(graph, calls, shapings, modules, shapes) if shapes else sure
+    dtypes = find_dtypes(graph, calls, shapings, modules, getattr(shapes, "dtypes", {}))
     for node, fact in facts.items():
         fact.sure = sure[node] if shapes else None
         fact.dtype = dtypes.get(node)
@@ -40,7 +46,11 @@ def infer(
 
 
 def _propagate(
-    graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module], shapes: Mapping[Node, torch.Size]
+    graph: Graph,
+    calls: Mapping[Node, Call],
+    shapings: Mapping[Node, Call],
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
     facts = {n: Fact() for n in graph.nodes}
     for node, shape in shapes.items():
@@ -48,7 +58,10 @@ def _propagate(
     nodes = list(graph.nodes)
     for order in (nodes, nodes[::-1], nodes):
         for node in order:
-            _relate(node, calls.get(node), facts, modules)
+            if node in shapings:
+                ranks.relate(shapings[node], facts[node], facts)
+            else:
+                _relate(node, calls.get(node), facts, modules)
     return facts
 
 
@@ -104,20 +117,8 @@ def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Map
         same_shape(x, out)
     elif call.op in ("narrow", "index_select"):
         same_rank(x, out)
-    elif call.op == "flatten" and call.args["start_dim"] == 1 and call.args["end_dim"] == -1:
-        out.at_least(2)
-        out.at_most(2)
-    elif call.op == "getitem" and isinstance(source, Node):
-        if source.op in ("call_function", "call_method") and getattr(source.target, "__name__", source.target) in (
-            "chunk",
-            "split",
-        ):
-            tensor = source.args[0] if source.args else source.kwargs.get("input")
-            if isinstance(tensor, Node):
-                same_rank(facts[tensor], out)
-        elif isinstance(call.args["index"], tuple) and all(isinstance(i, slice) for i in call.args["index"]):
-            same_rank(x, out)
-            _relate_slices(call.args["index"], x, out)
+    elif call.op == "getitem":
+        _relate_item(call, source, out, facts)
 
 
 def _spatial(x: Fact, out: Fact, spatial: int, channels: bool = False) -> None:
@@ -150,6 +151,20 @@ def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None
             out.axes[axis] = wide[0]
         elif all(s == 1 for s in sizes):
             out.axes[axis] = 1
+
+
+def _relate_item(call: Call, source: Node, out: Fact, facts: Mapping[Node, Fact]) -> None:
+    index = call.args["index"]
+    asked = getattr(source.target, "__name__", source.target) if source.op in ("call_function", "call_method") else ""
+    if asked in ("chunk", "split", "tensor_split", "unbind"):
+        tensor = source.args[0] if source.args else source.kwargs.get("input")
+        if isinstance(tensor, Node) and isinstance(index, int):
+            ranks.offset(facts[tensor], out, -(asked == "unbind"))
+    elif isinstance(index, tuple) and all(isinstance(i, slice) for i in index):
+        same_rank(facts[source], out)
+        _relate_slices(index, facts[source], out)
+    else:
+        ranks.relate_index(index, facts[source], out)
 
 
 def _relate_slices(index: tuple[slice, ...], x: Fact, out: Fact) -> None:
@@ -186,6 +201,8 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
     x = facts[source]
     if node.op == "call_module":
         module = modules[str(node.target)]
+        if not plain(module):
+            return
         if isinstance(module, ELEMENTWISE_MODULES):
             same_shape(x, out)
         elif type(module) in _POOL_MODULES and not getattr(module, "return_indices", False):
@@ -194,11 +211,6 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
         name = str(node.target)
         if name in ELEMENTWISE_METHODS and (node.all_input_nodes == [source] or name == "type_as"):
             same_shape(x, out)
-        elif name in ("view", "reshape", "permute"):
-            shape = node.args[1] if len(node.args) == 2 else node.args[1:]
-            if isinstance(shape, (tuple, list)) and (len(node.args) > 2 or not isinstance(shape, torch.Size)):
-                out.at_least(len(shape))
-                out.at_most(len(shape))
     elif node.op == "call_function":
         if node.target in ELEMENTWISE_FUNCTIONS and node.all_input_nodes == [source]:
             same_shape(x, out)

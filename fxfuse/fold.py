@@ -78,8 +78,9 @@ def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> A
     for source in node.all_input_nodes:
         if source not in samples:
             samples[source] = _sample(found[source])
-    args = torch.fx.map_arg(node.args, lambda n: samples[n])
-    kwargs = torch.fx.map_arg(node.kwargs, lambda n: samples[n])
+    large = any(_is_meta(samples[n]) for n in node.all_input_nodes)  # operands have to be on one device
+    args = torch.fx.map_arg(node.args, lambda n: _moved(samples[n], large))
+    kwargs = torch.fx.map_arg(node.kwargs, lambda n: _moved(samples[n], large))
     try:
         if isinstance(function, str):
             result = getattr(args[0], function)(*args[1:], **kwargs)
@@ -94,6 +95,14 @@ def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> A
     if isinstance(result, Tensor):
         return Apply(function, frozen, named, tuple(result.shape), result.dtype)
     return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None
+
+
+def _is_meta(sample: Any) -> bool:
+    return isinstance(sample, Tensor) and sample.is_meta
+
+
+def _moved(sample: Any, large: bool) -> Any:
+    return sample.to("meta") if large and isinstance(sample, Tensor) else sample
 
 
 def _is_mask(const: Any) -> bool:

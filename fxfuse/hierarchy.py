@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .capture import Captured, capture, stays, unusable
 from .exported import export
-from .reach import reach
+from .reach import outside, reach
 from .refusal import CaptureError, Refusal
 
 WAYS = ("symbolic", "export", "hierarchical")
+STAYS = "what is inside stays as it is"
 
 
 @dataclass(frozen=True)
 class Part:
     """A module of the model: its graph, or None where it stays Python, and the parts below it.
 
-    `refused` are the sentences for what stays as it is.
+    `refused` are the sentences for what stays as it is; `asked` are plain attributes that are read from it.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Part:
     captured: Captured | None
     parts: tuple[Part, ...] = ()
     refused: tuple[Refusal, ...] = ()
+    asked: frozenset[str] = frozenset()
 
     def walk(self) -> Iterator[Part]:
         """This part and all below it, inner ones first: they are made before what holds them."""
@@ -107,6 +109,9 @@ class _Survey:
         """A submodule of which only the call is used, with `given` positional arguments."""
         if id(module) in self.shared or not any(module.children()):
             return []
+        if holder := outside(module):
+            reason = "an attribute of it holds a module elsewhere, which may change while it runs"
+            return [Part(path, module, None, refused=(Refusal(STAYS, path, detail=f"{holder}: {reason}"),))]
         try:
             return [self.graph(path, module, capture(module, given=given, nested=True))]
         except CaptureError as error:
@@ -115,11 +120,14 @@ class _Survey:
     def python(self, path: str, module: nn.Module, reason: str) -> Part:
         """A module that stays Python, and what can be taken of it."""
         found = reach(module)
-        parts = [p for n, m, given in found.replaceable(module) for p in self.take(_join(path, n), m, given)]
+        parts = [
+            replace(p, asked=frozenset(found.asked.get(name, ())))
+            for name, m, given in found.replaceable(module)
+            for p in self.take(_join(path, name), m, given)
+        ]
         refused = [stays(path or type(module).__name__, reason)]
         if found.opaque and any(module.children()):
-            inside = "what is inside stays as it is, too"
-            refused.append(Refusal(inside, path or type(module).__name__, detail=found.opaque))
+            refused.append(Refusal(STAYS, path or type(module).__name__, detail=found.opaque))
         refused += [
             Refusal(
                 "the module stays as it is: the Python code around it uses more of it than its call",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import describe
+from .assemble import keep
 from .copying import copied
 from .cost import CostFunction
 from .hierarchy import Part
@@ -72,7 +73,8 @@ class Outcome:
             return  # the module itself is as good, and keeps its class
         self.replays += (Replay(part.path, recipes, done.view.captured.constants),)
         if not dry_run:
-            self.memo[id(part.module)] = rewriter.build(self.memo)
+            built = self.memo[id(part.module)] = rewriter.build(self.memo)
+            keep(built, {name: getattr(part.module, name) for name in part.asked})
 
     def stay(self, part: Part) -> None:
         """A part that stays Python: its own layers are counted once each, as nobody knows how often they run."""

@@ -16,28 +16,32 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.fx import GraphModule
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _VIEWS = {"values", "items", "children", "named_children"}
 _LOOPS = {"enumerate", "zip", "reversed", "list", "tuple"}
-_HARMLESS = {"training", "__class__"}
+_HARMLESS = {"training"}
 
 
 @dataclass
 class Reach:
     """How the code uses each attribute: called itself, its elements called, or used otherwise (where).
 
-    Calls are counted by their number of positional arguments, None for any other form.
+    Calls are counted by their number of positional arguments, None for any other form. `asked` are plain
+    values (numbers, strings) that are read from a submodule: they have to be there afterwards.
     """
 
     called: dict[str, set[int | None]] = field(default_factory=dict)
     elements: dict[str, set[int | None]] = field(default_factory=dict)
     used: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, set[str]] = field(default_factory=dict)
     opaque: str = ""
 
     def replaceable(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, int | None]]:
-        """Submodules whose call is all that is used of them: path, module, number of arguments."""
+        """Submodules whose call is all that is used of them, plain values aside: path, module, number of arguments."""
         if self.opaque:
             return
         for name, child in module._modules.items():
@@ -69,6 +73,15 @@ def reach(module: nn.Module) -> Reach:
         if child is not None and not kept.isdisjoint(id(m) for m in child.modules()):
             found.used.setdefault(name, "an attribute that is no submodule holds a part of it as well")
     return found
+
+
+def outside(module: nn.Module) -> str:
+    """Path of a submodule one of whose attributes holds a module elsewhere, whose changes a graph would not see."""
+    inside = {id(m) for m in module.modules()}
+    for path, inner in module.named_modules():
+        if any(id(m) not in inside for m in _held(vars(inner))):
+            return path or type(module).__name__
+    return ""
 
 
 class _Methods:
@@ -199,8 +212,18 @@ class _Uses:
             self.found.called.setdefault(name, set()).add(_arguments(self.parent[node]))
         elif container and (counts := self._elements_called(node)) is not None:
             self.found.elements.setdefault(name, set()).update(counts)
+        elif isinstance(outer, ast.Attribute) and self._plain(name, outer):
+            self.found.asked.setdefault(name, set()).add(outer.attr)
         elif not self._only_asked(node, outer, container):
             self._used(name, node)
+
+    def _plain(self, name: str, read: ast.Attribute) -> bool:
+        """`self.child.width`, where that is a number or a string the child holds."""
+        value = vars(self.modules[name] or self).get(read.attr, self)
+        kinds = (bool, int, float, str, type(None), torch.Size)
+        flat = value if type(value) in (tuple, list) else (value,)
+        own = hasattr(GraphModule, read.attr) or read.attr == "graph"
+        return isinstance(read.ctx, ast.Load) and not own and all(type(v) in kinds for v in flat)
 
     def _only_asked(self, node: ast.Attribute, outer: ast.AST, container: bool) -> bool:
         """`self.child is None`, `if self.child`, `self.child.training`."""

@@ -83,14 +83,18 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
 def inputs_of(
     model: nn.Module, modules: Mapping[str, nn.Module], inputs: tuple[Any, ...] | None
 ) -> dict[str, tuple[Any, ...]]:
-    """What each of `modules`, by path, is first called with when `model` runs on stand-ins of the inputs."""
+    """What each of `modules`, by path, is first called with when `model` runs on stand-ins of the inputs.
+
+    One that is called with other ranks later, or by keyword, is left out.
+    """
     found: dict[str, tuple[Any, ...]] = {}
     if inputs is None or not modules:
         return found
+    varied = set[str]()
 
     def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not kwargs:
-            found.setdefault(path, args)
+        if kwargs or _ranks(found.setdefault(path, args)) != _ranks(args):
+            varied.add(path)
 
     handles = [
         m.register_forward_pre_hook(lambda _, args, kwargs, p=p: note(p, args, kwargs), with_kwargs=True)
@@ -104,7 +108,11 @@ def inputs_of(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {path: args for path, args in found.items() if path not in varied}
+
+
+def _ranks(args: tuple[Any, ...]) -> list[int | None]:
+    return [t.dim() if isinstance(t, Tensor) else None for t in tree_leaves(args)]
 
 
 @contextmanager

@@ -49,6 +49,13 @@ class FuseProxy(Proxy):
             raise CaptureError(f"the forward assigns to .{name} of a tensor, which a graph cannot hold")
         super().__setattr__(name, value)
 
+    def __len__(self) -> int:
+        if self.node.op == "get_attr" and isinstance(self.tracer, FuseTracer):
+            owner, _, name = str(self.node.target).rpartition(".")
+            tables = self.tracer.root.get_submodule(owner).__dict__
+            return len((tables["_parameters"] | tables["_buffers"])[name])  # a weight's size is known
+        return super().__len__()
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """Read by `isinstance`, and by C code too: whose line it is tells the two apart."""

@@ -27,6 +27,7 @@ from .lift_layers import LAYERS
 from .lift_tensors import ARITHMETIC
 from .record import Operator
 from .refusal import Refusal
+from .shaping import read_shaping
 
 READERS = {**LAYERS, **ARITHMETIC}
 
@@ -63,7 +64,8 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
     effects = Effects(graph, calls, modules)
     constants = find_constants(graph, root, captured.constants, effects)
     calls = {n: replace(c, args=_resolved(c.args, constants)) for n, c in calls.items() if n not in constants}
-    facts = infer(graph, calls, modules, shapes)
+    shapings = {n: c for n in graph.nodes if n not in constants and (c := read_shaping(n, modules)) is not None}
+    facts = infer(graph, calls, shapings, modules, shapes)
     fills = border_fills(calls, facts, effects.position)
     effects.forget(n for fill in fills.values() for n in fill.writes)
     written = effects.written_attributes() if effects.writes else set()

@@ -36,10 +36,10 @@ class Plain(Block):
 
 
 def python(forward: Callable[..., Any], **parts: Any) -> nn.Module:
-    """A module that looks at its data and then does `forward`, with two blocks, a list and a sequence of blocks."""
+    """A module that looks at its size and then does `forward`, with two blocks, a list and a sequence of blocks."""
 
     def looks(self: Any, x: Tensor, *rest: Any, **named: Any) -> Any:
-        if not torch.isfinite(x).all():
+        if x.shape[0] > 100:
             return x
         return self.body(x, *rest, **named)
 
@@ -85,6 +85,10 @@ def asks_parameters(self: Any, x: Tensor) -> Tensor:
     return self.a(x.to(next(self.parameters()).dtype)) if self.b is not None and self.a else x
 
 
+def asks_plain(self: Any, x: Tensor) -> Tensor:
+    return self.a(x)[..., : self.a.size[0]] * self.a.factor
+
+
 def whole(self: Any, x: Tensor) -> Tensor:
     return self.seq(x)
 
@@ -105,6 +109,7 @@ TAKEN: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "items": (items, {"named.x", "named.y"}),
     "dtype asked": (asks_parameters, {"a"}),
     "flag off": (flag, {"a"}),
+    "plain values": (asks_plain, {"a"}),
 }
 
 
@@ -112,7 +117,7 @@ TAKEN: dict[str, tuple[Callable[..., Any], set[str]]] = {
 def test_what_is_only_called_is_optimized(case: str) -> None:
     forward, parts = TAKEN[case]
     model = python(forward)
-    model.checkpointing = False
+    model.checkpointing, model.a.size, model.a.factor = False, (3, 4), 2.5
     fused = agrees(model, fires=True)
     report = fxfuse.report(fused)
     assert report.capture == "hierarchical" and type(fused) is type(model)
@@ -219,6 +224,30 @@ def test_what_an_attribute_holds_as_well_stays(forward: Callable[..., Any]) -> N
     model.function = functools.partial(run, model.a)
     fused = agrees(model, fires=False)
     assert any("an attribute that is no submodule" in r.detail for r in fxfuse.report(fused).refused)
+
+
+def test_a_part_that_holds_a_module_elsewhere_stays() -> None:
+    class Looks(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.above[0].scale
+
+    def changes(self: Any, x: Tensor) -> Tensor:
+        self.scale = float(x.sum())
+        return self.a(x)
+
+    model = python(changes, a=Looks())
+    model.scale, model.a.above = 1.0, [model]
+    agrees(model, fires=False, refused="what is inside stays as it is")
+
+
+def two_ranks(self: Any, x: Tensor) -> Tensor:
+    return self.c(x.mean((2, 3))) + self.c(x[:, :, 0, :4]).mean(1)
+
+
+def test_a_part_called_with_several_ranks() -> None:
+    """BatchNorm1d acts on the last axis of two and on the middle one of three: both four wide here."""
+    model = python(two_ranks, c=nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    agrees(model, examples=torch.randn(2, 4, 6, 5, dtype=torch.float64), refused="rank of batch_norm's input")
 
 
 def two_names(self: Any, x: Tensor) -> Tensor:
