@@ -20,12 +20,8 @@ from .effects import rank_check
 from .fact import Fact, fact_of, of_shape, same_rank, same_shape
 from .shaping import plain
 
-_POOL_NAMES = {
-    f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")
-}
-_POOL_MODULES = {
-    getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")
-}
+_POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
+_POOL_MODULES = {getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")}
 
 
 def infer(

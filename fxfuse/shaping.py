@@ -67,9 +67,7 @@ for _name in ("amax", "amin", "logsumexp", "argmax", "argmin", "all", "any"):
 _TABLE |= {f"adaptive_avg_pool{d}d": ("adaptive_avg_pool", "input output_size", {}) for d in (1, 2, 3)}
 _VARIADIC = {"view": "reshape", "reshape": "reshape", "permute": "permute", "expand": "expand", "repeat": "repeat"}
 _SPACES = (torch, F, operator)
-_FUNCTIONS = {
-    getattr(space, n): n for n in (*_TABLE, "reshape", "permute") for space in _SPACES if hasattr(space, n)
-}
+_FUNCTIONS = {getattr(space, n): n for n in (*_TABLE, "reshape", "permute") for space in _SPACES if hasattr(space, n)}
 _NOT_METHODS = {"interpolate", "layer_norm", "group_norm", "normalize", "stack", "where", "embedding"}
 _NOT_METHODS |= {"scaled_dot_product_attention", *(f"adaptive_avg_pool{d}d" for d in (1, 2, 3))}
 _SAME = (nn.Softmax, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
