@@ -50,7 +50,7 @@ class Captured:
         return dict(self.root.named_modules(remove_duplicate=False))
 
 
-def capture(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Captured:
+def capture(model: nn.Module, inputs: tuple[Any, ...] | None = None, how: str | None = None) -> Captured:
     """Trace `model` with torch.fx; a submodule that does not trace stays whole.
 
     Parameters of the forward with a default are taken to have it, unless `inputs` set them or the graph
@@ -60,6 +60,10 @@ def capture(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Captured
         CaptureError: the model itself does not trace; the message names the line that stopped it.
     """
     _refuse_more_than_forward(model)
+    if how == "export":
+        from .exported import export
+
+        return export(model, inputs or ())
     given = len(inputs or ())
     while given and not isinstance((inputs or ())[given - 1], Tensor):
         given -= 1

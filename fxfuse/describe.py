@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.fx import Graph, Node
 
+from .names import plain
 from .plan import Fuse, Plan, fuses
 from .record import Operator
 from .regions import Join, Step
@@ -29,9 +30,9 @@ def _kind(node: Node, modules: Mapping[str, nn.Module]) -> str:
     if node.op == "call_module":
         name = type(modules[str(node.target)]).__name__
     else:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        name = plain(node.target) or str(node.target)
     flat = name.strip("_").lower()
-    if flat.startswith(("batchnorm", "batch_norm")):
+    if flat.startswith(("batchnorm", "batch_norm", "native_batch_norm")):
         return "batch_norm"
     return "conv" if flat.startswith("conv") else _ALIASES.get(flat, flat)
 

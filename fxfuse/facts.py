@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
+from .call import PIECES, Call
+from .dialect import ELEMENTWISE_MODULES, elementwise
 from .dtypes import find_dtypes
 from .effects import rank_check
-from .fact import Fact, fact_of, of_shape, same_rank, same_shape
+from .fact import Fact, fact_of, known, of_shape, same_rank, same_shape
+from .names import is_aten, plain
 
 _POOL_NAMES = {
     f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
@@ -42,7 +44,7 @@ def infer(
 def _propagate(
     graph: Graph, calls: Mapping[Node, Call], modules: Mapping[str, nn.Module], shapes: Mapping[Node, torch.Size]
 ) -> dict[Node, Fact]:
-    facts = {n: Fact() for n in graph.nodes}
+    facts = {n: known(n) for n in graph.nodes}
     for node, shape in shapes.items():
         facts[node] = of_shape(tuple(shape))
     nodes = list(graph.nodes)
@@ -108,10 +110,7 @@ def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Map
         out.at_least(2)
         out.at_most(2)
     elif call.op == "getitem" and isinstance(source, Node):
-        if source.op in ("call_function", "call_method") and getattr(source.target, "__name__", source.target) in (
-            "chunk",
-            "split",
-        ):
+        if source.op in ("call_function", "call_method") and plain(source.target) in PIECES:
             tensor = source.args[0] if source.args else source.kwargs.get("input")
             if isinstance(tensor, Node):
                 same_rank(facts[tensor], out)
@@ -190,19 +189,16 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
             same_shape(x, out)
         elif type(module) in _POOL_MODULES and not getattr(module, "return_indices", False):
             _spatial(x, out, _POOL_MODULES[type(module)], channels=True)
-    elif node.op == "call_method":
-        name = str(node.target)
-        if name in ELEMENTWISE_METHODS and (node.all_input_nodes == [source] or name == "type_as"):
+    elif node.op in ("call_method", "call_function"):
+        name = plain(node.target)
+        if elementwise(node) and (node.all_input_nodes == [source] or name == "type_as"):
             same_shape(x, out)
-        elif name in ("view", "reshape", "permute"):
+        elif name in ("view", "reshape", "permute") and (node.op == "call_method" or is_aten(node)):
             shape = node.args[1] if len(node.args) == 2 else node.args[1:]
             if isinstance(shape, (tuple, list)) and (len(node.args) > 2 or not isinstance(shape, torch.Size)):
                 out.at_least(len(shape))
                 out.at_most(len(shape))
-    elif node.op == "call_function":
-        if node.target in ELEMENTWISE_FUNCTIONS and node.all_input_nodes == [source]:
-            same_shape(x, out)
-        elif (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
+        elif name in _POOL_NAMES and node.op == "call_function":
             _spatial(x, out, _POOL_NAMES[name], channels=True)
         elif check := rank_check(node):
             facts[check[0]].at_least(check[1])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from . import describe
-from .capture import capture
+from .capture import capture as captured_by
 from .cost import CostFunction, cost_name, resolve
 from .pattern import select
 from .plan import Plan, Planner
@@ -58,6 +58,7 @@ def optimize(
     patterns: Iterable[str] | str | None = None,
     cost: str | CostFunction = "macs",
     verify: bool | float | None = None,
+    capture: str | None = None,
 ) -> GraphModule:
     """A GraphModule that computes what `model` computes in eval mode, with fewer and cheaper layers.
 
@@ -86,14 +87,14 @@ def optimize(
     inputs = as_tuple(example_inputs)
     if verify and inputs is None:
         raise ValueError("verify needs example_inputs to run the model on")
-    view, before, planned = _analyse(model, inputs, patterns, cost)
+    view, before, planned = _analyse(model, inputs, patterns, cost, capture)
     rewriter = Rewriter(view)
     done, recipes = rewriter.apply(planned)
     fused = rewriter.build()
     params = sum(p.numel() for p in fused.parameters())
     error = None
     if verify and inputs is not None:
-        error = compare(model, fused, inputs, None if verify is True else float(verify))
+        error = compare(model, fused, inputs, None if verify is True else float(verify), capture)
     report = _report(model, view, done, rewriter, before, params, cost_name(cost), started, max_error=error)
     store(fused, report, recipes, view.captured.constants)
     logger.info("%s", report.headline)
@@ -107,10 +108,11 @@ def plan(
     *,
     patterns: Iterable[str] | str | None = None,
     cost: str | CostFunction = "macs",
+    capture: str | None = None,
 ) -> Report:
     """What `optimize` would do, without reading a weight or building a model. Raises as `optimize`."""
     started = time.perf_counter()
-    view, before, planned = _analyse(model, as_tuple(example_inputs), patterns, cost)
+    view, before, planned = _analyse(model, as_tuple(example_inputs), patterns, cost, capture)
     rewriter = Rewriter(view, dry_run=True)
     done, _ = rewriter.apply(planned)
     return _report(model, view, done, rewriter, before, rewriter.params(), cost_name(cost), started, dry_run=True)
@@ -131,6 +133,7 @@ def _analyse(
     inputs: tuple[Any, ...] | None,
     patterns: Iterable[str] | str | None,
     cost: str | CostFunction,
+    how: str | None,
 ) -> tuple[View, Totals, Plan]:
     """Everything up to the plan; raises on bad arguments before anything else happens."""
     if not isinstance(model, nn.Module):
@@ -138,7 +141,7 @@ def _analyse(
     selection, price = select(patterns), resolve(cost)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
-    captured = capture(model, inputs)
+    captured = captured_by(model, inputs, how)
     before = describe.totals(captured.graph, captured.modules, sum(p.numel() for p in model.parameters()), None)
     drop_identities(captured)
     view = look(captured, propagate(captured, inputs))

@@ -68,6 +68,7 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
     runner = _Shapes(captured)
     try:
         with restored(captured.root), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            _fake_state(runner, mode)
             fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
             runner.run(*fakes, enable_io_processing=True)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
@@ -75,6 +76,16 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
         logger.info("no shapes known ahead: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
         return {}
     return runner.shapes
+
+
+def _fake_state(runner: _Shapes, mode: FakeTensorMode) -> None:
+    """Put fake tensors in the place of the model's own, which a forward that counts its calls would write to."""
+    for module in runner.module.modules():
+        for table in (module._parameters, module._buffers, module.__dict__):
+            real = {k: v for k, v in table.items() if isinstance(v, Tensor)}
+            fake: dict[str, Any] = {k: mode.from_tensor(v) for k, v in real.items()}
+            table.update(fake)
+    runner.constants = {k: mode.from_tensor(v) for k, v in runner.constants.items()}
 
 
 def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
