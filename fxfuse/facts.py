@@ -14,11 +14,13 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from . import ranks
-from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
+from .call import Call
+from .dialect import ELEMENTWISE_MODULES, elementwise
 from .dtypes import find_dtypes
 from .effects import rank_check
-from .fact import Fact, fact_of, of_shape, same_rank, same_shape
-from .shaping import plain
+from .fact import Fact, fact_of, known, of_shape, same_rank, same_shape
+from .names import plain
+from .shaping import plain as plain_module
 
 _POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
 _POOL_MODULES = {getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")}
@@ -48,7 +50,7 @@ def _propagate(
     modules: Mapping[str, nn.Module],
     shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
-    facts = {n: Fact() for n in graph.nodes}
+    facts = {n: known(n) for n in graph.nodes}
     for node, shape in shapes.items():
         facts[node] = of_shape(tuple(shape))
     nodes = list(graph.nodes)
@@ -197,20 +199,17 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
     x = facts[source]
     if node.op == "call_module":
         module = modules[str(node.target)]
-        if not plain(module):
+        if not plain_module(module):
             return
         if isinstance(module, ELEMENTWISE_MODULES):
             same_shape(x, out)
         elif type(module) in _POOL_MODULES and not getattr(module, "return_indices", False):
             _spatial(x, out, _POOL_MODULES[type(module)], channels=True)
-    elif node.op == "call_method":
-        name = str(node.target)
-        if name in ELEMENTWISE_METHODS and (node.all_input_nodes == [source] or name == "type_as"):
+    elif node.op in ("call_method", "call_function"):
+        name = plain(node.target)
+        if elementwise(node) and (node.all_input_nodes == [source] or name == "type_as"):
             same_shape(x, out)
-    elif node.op == "call_function":
-        if node.target in ELEMENTWISE_FUNCTIONS and node.all_input_nodes == [source]:
-            same_shape(x, out)
-        elif (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
+        elif name in _POOL_NAMES and node.op == "call_function":
             _spatial(x, out, _POOL_NAMES[name], channels=True)
         elif check := rank_check(node):
             facts[check[0]].at_least(check[1])

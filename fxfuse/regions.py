@@ -16,6 +16,7 @@ import networkx as nx
 from torch.fx import Node
 
 from .arguments import Affine
+from .call import SEVERAL
 from .record import IDENTITY, Operator
 from .view import View
 
@@ -110,7 +111,7 @@ def _readers(node: Node, view: View) -> list[Node]:
     readers = []
     for user in view.data_users(node):
         call = view.calls.get(user)
-        readers += view.data_users(user) if call is not None and call.op in ("chunk", "split") else [user]
+        readers += view.data_users(user) if call is not None and call.op in SEVERAL else [user]
     return readers
 
 

@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from . import schema
 from .algebra import needs_pad
 from .assemble import assemble
+from .call import SEVERAL
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
 from .effects import rank_check, shape_reader
+from .kinds import is_number
 from .materialize import Stored, blank, layer, sources, tensors
+from .names import is_aten
 from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .record import Operator
 from .refusal import Refusal
@@ -254,8 +258,8 @@ class Rewriter:
         if node.op == "get_attr" or node in self.view.constants or shape_reader(node):
             return True
         call = self.view.calls.get(node)
-        pure = call is not None and call.op in ("chunk", "split", "getitem") and node not in self.view.effects.writes
-        return pure or node.target is operator.eq
+        pure = call is not None and call.op in {*SEVERAL, "getitem"} and node not in self.view.effects.writes
+        return pure or node.target is operator.eq or is_number(node) or (is_aten(node) and schema.pure(node))
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""

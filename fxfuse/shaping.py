@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .dialect import Call
+from .call import Call
 from .tracer import has_hooks
 
 # name: (canonical operation, names of its arguments, defaults)

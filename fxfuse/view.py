@@ -16,9 +16,10 @@ from torch.fx import Node
 
 from .arguments import Affine, Unknown
 from .border_fill import border_fills
+from .call import Call
 from .capture import Captured, stays
 from .constants import Attr, leaves
-from .dialect import Call, read
+from .dialect import read
 from .effects import Effects, shape_reader
 from .fact import Fact
 from .facts import infer
@@ -78,7 +79,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
             continue
         if isinstance(result, Affine) and node in fills:
             fill = fills[node]
-            result = replace(result, op=replace(result.op, pad_value=fill.value), extra=fill.writes)
+            result = replace(result, op=replace(result.op, pad_value=fill.value), extra=(*fill.writes, *fill.slices))
         if isinstance(result, Affine) and not effects.private_write(node):
             result = Refusal("it writes a tensor in place that is read elsewhere", remedy="use the out-of-place form")
         if isinstance(result, Affine) and written and _reads_any(result.op, written):
