@@ -67,7 +67,7 @@ class Outcome:
         fired = describe.fired(plan, done.view, rewriter.names)
         self.fired += [replace(f, path=_join(part.path, f.path)) for f in fired]
         self.refused += [r if not part.path else replace(r, where=_join(part.path, r.where)) for r in plan.refusals]
-        macs = None if done.before.macs is None else done.before.macs - sum(map(_saved, fired))
+        macs = None if done.before.macs is None else done.before.macs - sum(f.saved for f in fired)
         self.before.append(done.before)
         self.after.append(describe.totals(rewriter.graph, rewriter.modules(), 0, macs))
         self.saved += done.params - rewriter.params() if dry_run else 0
@@ -113,10 +113,6 @@ def ways(root: Part) -> Iterator[tuple[str, str, str]]:
 
 def _numbers(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _saved(fired: Fired) -> int:
-    return (fired.macs_before or 0) - (fired.macs_after or 0)
 
 
 def _join(prefix: str, path: str) -> str:

@@ -23,6 +23,11 @@ class Fired:
     macs_after: int | None = None
 
     @property
+    def saved(self) -> int:
+        """Multiply-accumulates fewer; 0 where shapes are not known."""
+        return (self.macs_before or 0) - (self.macs_after or 0)
+
+    @property
     def summary(self) -> str:
         """`2 conv2d, 3 batch_norm, identity`: what went into it."""
         counts = Counter(b.split(" ")[0] for b in self.before)

@@ -1,0 +1,158 @@
+"""`torch.compile(model, backend="fxfuse")`: the same passes under any inner compiler, never stale."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from . import describe
+from .cost import cost_name, resolve
+from .dynamo import exposed_state, inside_regions, traced
+from .entry import Entry, How, Planned, attribute, clone
+from .functional import functional
+from .inner import compiled, mode_options
+from .pattern import select
+from .plan import Planner
+from .report import Report
+from .rewrite import Rewriter
+from .view import look
+from .weight_sets import CHECKS, watch_optimizers
+
+logger = logging.getLogger("fxfuse")
+DEFAULTS: dict[str, Any] = {
+    "inner": "inductor",
+    "inner_options": None,
+    "mode": None,
+    "patterns": None,
+    "cost": "macs",
+    "freeze": "auto",
+    "check": "full",
+    "on_report": None,
+    "strict": False,
+}
+_entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+_told = False
+
+
+def fxfuse(gm: GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None) -> Any:
+    """A Dynamo backend: fuses the graph and hands it to an inner compiler.
+
+    Args:
+        gm: the graph as Dynamo traced it; it is not changed.
+        example_inputs: its arguments, the model's parameters and buffers among them.
+        options: a dict with any of
+            inner: a registered Dynamo backend or a callable; default "inductor".
+            inner_options: passed on to it.
+            mode: one of torch.compile's modes, for inductor.
+            patterns, cost: as for `optimize`.
+            freeze: True bakes weights into the graph, so that the compiler can pack them, and compiles anew when they
+                change; False keeps them inputs; "auto" bakes those on a CPU, without gradients, until they change.
+            check: how changes of weights are seen: "full" by identity, version and address, "identity", "never".
+            on_report: called with the Report of each graph.
+            strict: raise when fxfuse fails, where the untouched graph would go to the inner compiler.
+        mode: the same as in `options`.
+
+    Raises:
+        ValueError: an unknown option, or an unknown value of one; the message lists the known ones.
+    """
+    settings = _settings(options, mode)
+    inner, inner_options = settings["inner"], settings["inner_options"]
+    planned = None
+    try:
+        planned = _planned(gm, example_inputs, settings)
+    except Exception as error:  # whatever goes wrong here, the model runs
+        if settings["strict"]:
+            raise
+        logger.error("a graph is left as it is: %s: %s", type(error).__name__, error, exc_info=True)
+    if planned is None:
+        return compiled(clone(gm), example_inputs, inner, inner_options, baked=False)
+    if settings["on_report"] is not None:
+        settings["on_report"](planned.report)
+    how = How(inner, inner_options, settings["freeze"], settings["check"])
+    entry = Entry(planned, gm, example_inputs, how)
+    _entries.add(entry)
+    return entry
+
+
+def _settings(options: Any, mode: str | None) -> dict[str, Any]:
+    given = dict(options or {})
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r} of backend fxfuse; known: {', '.join(sorted(DEFAULTS))}")
+    settings = DEFAULTS | given | ({"mode": mode} if mode is not None else {})
+    if settings["check"] not in CHECKS:
+        raise ValueError(f"unknown check {settings['check']!r}; known: {', '.join(CHECKS)}")
+    if settings["freeze"] not in ("auto", True, False):
+        raise ValueError(f"unknown freeze {settings['freeze']!r}; known: auto, True, False")
+    if isinstance(settings["inner"], str) and settings["inner"] not in torch._dynamo.list_backends(()):
+        known = ", ".join(torch._dynamo.list_backends(()))
+        raise ValueError(f"unknown inner backend {settings['inner']!r}; known: {known}")
+    select(settings["patterns"])
+    resolve(settings["cost"])
+    settings["inner_options"] = mode_options(settings["mode"]) | dict(settings["inner_options"] or {})
+    return settings
+
+
+def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Planned | None:
+    """The rewritten graph; None where it has to stay what it is."""
+    global _told
+    started = time.perf_counter()
+    take = traced(gm, inputs)
+    if torch.is_grad_enabled() and any(inputs[i].requires_grad for i in take.state):
+        if not _told:
+            _told = True
+            logger.warning("graphs whose weights require gradients are not fused: call the model under torch.no_grad()")
+        return None
+    selection, price = select(settings["patterns"]), resolve(settings["cost"])
+    exposed = exposed_state(take)
+    if exposed:
+        take = traced(gm, inputs, exposed)
+    before = describe.totals(take.captured.graph, take.captured.modules, _numbers(inputs, take.state), None)
+    view = look(take.captured, take.shapes)
+    for node in inside_regions(take.captured.graph):
+        view.affine.pop(node, None)
+    before = replace(before, macs=describe.macs(view))
+    plan = Planner(view, selection, price).run()
+    rewriter = Rewriter(view, dry_run=True)
+    done, _ = rewriter.apply(plan)
+    fired = describe.fired(done, view, rewriter.names)
+    macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
+    after = describe.totals(rewriter.graph, rewriter.modules(), rewriter.params(), macs)
+    report = Report(
+        model=f"graph {gm.meta.get('dynamo_compile_id', '')}".strip(),
+        fired=fired,
+        refused=done.refusals,
+        before=before,
+        after=after,
+        cost=cost_name(settings["cost"]),
+        seconds=time.perf_counter() - started,
+        capture="dynamo",
+        dry_run=True,
+    )
+    logger.info("%s", report.headline)
+    watch_optimizers()
+    names = {name: op for op, name in rewriter.names.items()}
+    made = functional(rewriter.graph, rewriter.layers)
+    folded = {path: (names[name], int(place == "bias")) for path, (name, place) in made.items()}
+    own = {str(n.target) for n in rewriter.graph.find_nodes(op="get_attr")} - set(take.state.values()) - set(folded)
+    constants = {path: attribute(take.captured.root, path) for path in own}
+    return Planned(rewriter.graph, take.state, folded, constants, report)
+
+
+def _numbers(inputs: Sequence[Any], state: dict[int, str]) -> int:
+    return sum(inputs[i].numel() for i in state if isinstance(inputs[i], nn.Parameter))
+
+
+def reports(compiled_model: Any) -> tuple[Report, ...]:
+    """The reports of the graphs that run with weights of a model, compiled or with compiled parts."""
+    ids = {id(t) for t in (*compiled_model.parameters(), *compiled_model.buffers())}
+    found = [e for e in _entries if any(not ids.isdisjoint(s.ids) for s in list(e.sets.values()))]
+    return tuple(e.planned.report for e in sorted(found, key=lambda e: e.number))

@@ -1,0 +1,50 @@
+"""A rewritten graph with its layers as function calls on weights, for compilers that take those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, Node
+
+
+def functional(graph: Graph, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """Turn every call of one of `layers` into a function of attributes; (layer, parameter) by attribute path."""
+    attributes: dict[str, tuple[str, str]] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_module" or node.target not in layers:
+            continue
+        name, layer = str(node.target), layers[str(node.target)]
+        state: list[Node | None] = []
+        with graph.inserting_before(node):
+            for parameter in ("weight", "bias"):
+                if getattr(layer, parameter) is None:
+                    state.append(None)
+                    continue
+                attributes[f"{name}.{parameter}"] = (name, parameter)
+                state.append(graph.get_attr(f"{name}.{parameter}"))
+            new = _call(graph, layer, node.args[0], state)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    for node in list(graph.find_nodes(op="get_attr")):
+        if not node.users:
+            graph.erase_node(node)
+    return attributes
+
+
+def _call(graph: Graph, layer: Any, x: Any, state: list[Node | None]) -> Node:
+    if isinstance(layer, nn.Linear):
+        return graph.call_function(F.linear, (x, *state))
+    rank = len(layer.kernel_size)
+    if layer.transposed:
+        more = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        return graph.call_function(getattr(F, f"conv_transpose{rank}d"), (x, *state, *more))
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x = graph.call_function(F.pad, (x, layer._reversed_padding_repeated_twice, layer.padding_mode))
+        padding = (0,) * rank
+    geometry = (layer.stride, padding, layer.dilation, layer.groups)
+    return graph.call_function(getattr(F, f"conv{rank}d"), (x, *state, *geometry))
