@@ -14,18 +14,14 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from . import ranks
-from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
+from .dialect import Call
 from .dtypes import find_dtypes
 from .effects import rank_check
 from .fact import Fact, fact_of, of_shape, same_rank, same_shape
-from .shaping import plain
+from .shaping import elementwise, plain
 
-_POOL_NAMES = {
-    f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")
-}
-_POOL_MODULES = {
-    getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")
-}
+_POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
+_POOL_MODULES = {getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")}
 
 
 def infer(
@@ -198,24 +194,15 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return
-    x = facts[source]
-    if node.op == "call_module":
+    if elementwise(node, modules):
+        same_shape(facts[source], out)
+    elif node.op == "call_module":
         module = modules[str(node.target)]
-        if not plain(module):
-            return
-        if isinstance(module, ELEMENTWISE_MODULES):
-            same_shape(x, out)
-        elif type(module) in _POOL_MODULES and not getattr(module, "return_indices", False):
-            _spatial(x, out, _POOL_MODULES[type(module)], channels=True)
-    elif node.op == "call_method":
-        name = str(node.target)
-        if name in ELEMENTWISE_METHODS and (node.all_input_nodes == [source] or name == "type_as"):
-            same_shape(x, out)
+        if type(module) in _POOL_MODULES and plain(module) and not getattr(module, "return_indices", False):
+            _spatial(facts[source], out, _POOL_MODULES[type(module)], channels=True)
     elif node.op == "call_function":
-        if node.target in ELEMENTWISE_FUNCTIONS and node.all_input_nodes == [source]:
-            same_shape(x, out)
-        elif (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
-            _spatial(x, out, _POOL_NAMES[name], channels=True)
+        if (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
+            _spatial(facts[source], out, _POOL_NAMES[name], channels=True)
         elif check := rank_check(node):
             facts[check[0]].at_least(check[1])
             facts[check[0]].at_most(check[1])

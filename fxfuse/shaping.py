@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .dialect import Call
+from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
 from .tracer import has_hooks
 
 # name: (canonical operation, names of its arguments, defaults)
@@ -67,9 +67,7 @@ for _name in ("amax", "amin", "logsumexp", "argmax", "argmin", "all", "any"):
 _TABLE |= {f"adaptive_avg_pool{d}d": ("adaptive_avg_pool", "input output_size", {}) for d in (1, 2, 3)}
 _VARIADIC = {"view": "reshape", "reshape": "reshape", "permute": "permute", "expand": "expand", "repeat": "repeat"}
 _SPACES = (torch, F, operator)
-_FUNCTIONS = {
-    getattr(space, n): n for n in (*_TABLE, "reshape", "permute") for space in _SPACES if hasattr(space, n)
-}
+_FUNCTIONS = {getattr(space, n): n for n in (*_TABLE, "reshape", "permute") for space in _SPACES if hasattr(space, n)}
 _NOT_METHODS = {"interpolate", "layer_norm", "group_norm", "normalize", "stack", "where", "embedding"}
 _NOT_METHODS |= {"scaled_dot_product_attention", *(f"adaptive_avg_pool{d}d" for d in (1, 2, 3))}
 _SAME = (nn.Softmax, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -137,6 +135,19 @@ def _module(node: Node, m: nn.Module) -> Call | None:
     if isinstance(m, nn.Embedding):
         return Call("embedding", {"index": node.args[0], "width": m.embedding_dim})
     return Call("same", args) if isinstance(m, _SAME) else None
+
+
+def elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node acts on each element of its first argument alone, so that the shape stays."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return plain(module) and isinstance(module, ELEMENTWISE_MODULES)
+    if node.op == "call_method" and node.target == "type_as":
+        return True
+    names: Any = ELEMENTWISE_METHODS if node.op == "call_method" else ELEMENTWISE_FUNCTIONS
+    return node.op != "get_attr" and node.target in names and node.all_input_nodes == [node.args[0]]
 
 
 def ints_of(value: Any) -> tuple[int, ...] | None:
