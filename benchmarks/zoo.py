@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "optimizer": args.optimizer,
         "optimize_options": {} if args.capture is None else {"capture": args.capture},
         "float64": args.float64,
+        "example_inputs": not args.without_inputs,
     }
     done |= run(todo, options, args.jobs, args.timeout, results)
     print(summary([done[n] for n in names]))
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of torch in each process; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds a model; default: %(default)s")
     parser.add_argument("--capture", metavar="WAY", help="passed to fxfuse.optimize")
+    parser.add_argument("--without-inputs", action="store_true", help="optimize without example inputs")
     parser.add_argument("--float64", action="store_true", help="compare in double precision too, not only in doubt")
     parser.add_argument(
         "--optimizer", default="fxfuse:optimize", metavar="package.module:function", help="check another optimizer"

@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,13 @@ def _call(model: nn.Module, args: Any, mode: Executed | None = None) -> Any:
 
 
 def _compare(model: nn.Module, calls: list[Any], wants: list[Any], options: dict[str, Any]) -> Record:
-    optimize, extra = load(options["optimizer"]), options["optimize_options"]
+    optimize = partial(load(options["optimizer"]), **options["optimize_options"])
+    known = calls[0] if options["example_inputs"] else None
     state = fingerprint(model)
     start = time.perf_counter()
-    survey(model, calls[0], extra.get("capture"))
+    survey(model, known, options["optimize_options"].get("capture"))
     captured = time.perf_counter()
-    fused = optimize(model, calls[0], **extra)
+    fused = optimize(model, known)
     record: Record = {"capture_s": captured - start, "optimize_s": time.perf_counter() - captured}
     try:
         assert_untouched(model, state)
@@ -125,7 +127,7 @@ def _compare(model: nn.Module, calls: list[Any], wants: list[Any], options: dict
     record |= _norms_left(fused, mode)
     error_64 = None
     if error > MAX_ERROR or options["float64"]:
-        error_64 = record["error_64"] = _error_in_double(model, calls, optimize, extra)
+        error_64 = record["error_64"] = _error_in_double(model, calls, optimize, known is not None)
     if error_64 is not None and error_64 > MAX_ERROR_64:
         return record | {"status": "wrong", "message": f"relative error {error:.1e}, in float64 {error_64:.1e}"}
     return record | {"status": "ok"}
@@ -139,10 +141,10 @@ def _error(got: Any, want: Any) -> float:
         return float("inf")
 
 
-def _error_in_double(model: nn.Module, calls: list[Any], optimize: Callable[..., Any], extra: Record) -> float:
+def _error_in_double(model: nn.Module, calls: list[Any], optimize: Callable[..., nn.Module], known: bool) -> float:
     model.double()
     calls = tree_map_only(torch.Tensor, torch.Tensor.double, calls)
-    fused = optimize(model, calls[0], **extra)
+    fused = optimize(model, calls[0] if known else None)
     return max(_error(_call(fused, args), _call(model, args)) for args in calls)
 
 

@@ -12,7 +12,7 @@ from .layers import CONVS, NORMS
 from .names import plain
 from .plan import Fuse, Plan, fuses
 from .record import Operator
-from .regions import Join, Step
+from .regions import Join, Step, exit_of
 from .report import Fired, Totals
 from .view import View
 
@@ -92,7 +92,7 @@ def _describe(fuse: Fuse, view: View, names: Mapping[Operator, str]) -> Fired:
             before.append(text.replace("scale", "batch_norm", 1) if step.op.law == "batch_norm" else text)
             if step.op.weighted and step.node in view.shapes:
                 work += _macs(step.op, step.node, view)
-    last = [p.node for p in fuse.parts if p.node is not None][-1]
+    last = exit_of(fuse.parts)
     after = _macs(fuse.op, last, view) if last in view.shapes else None
     return Fired(
         path=names.get(fuse.op, fuse.op.path),

@@ -195,6 +195,14 @@ def shape_reader(node: Node) -> str | None:
     return None
 
 
+def asks_size(user: Node, node: Node) -> bool:
+    """Whether `user` reads nothing but the size of `node`."""
+    if shape_reader(user) == "shape":
+        return True
+    like = user.op == "call_method" and user.target in ("reshape_as", "view_as", "expand_as")
+    return like and len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
+
+
 def rank_check(node: Node) -> tuple[Node, int] | None:
     """(tensor, rank) of `assert x.ndim == rank`, also spelled `x.dim() == rank`; None for any other node."""
     if node.op != "call_function" or plain(node.target) != "_assert":

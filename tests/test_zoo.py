@@ -15,7 +15,13 @@ from benchmarks import zoo, zoo_models
 from benchmarks.executed import Executed, Layer
 from benchmarks.zoo_check import check
 
-OPTIONS: dict[str, Any] = {"threads": 1, "optimizer": "fxfuse:optimize", "optimize_options": {}, "float64": False}
+OPTIONS: dict[str, Any] = {
+    "threads": 1,
+    "optimizer": "fxfuse:optimize",
+    "optimize_options": {},
+    "float64": False,
+    "example_inputs": True,
+}
 FATES = {
     "right": ("ok", ""),
     "wrong": ("wrong", "relative error"),
@@ -74,6 +80,16 @@ def test_a_record_holds_sizes_before_and_after() -> None:
     assert record["status"] == "ok" and record["error"] < 1e-5 and record["capture"] == "symbolic"
     assert (record["norms_after_layers"], record["unexplained"], record["fired"]) == (0, [], 1)
     assert record["optimize_s"] > 0 and record["capture_s"] > 0
+
+
+def test_options_reach_the_optimizer() -> None:
+    record = check(
+        "zoo_fakes:right", OPTIONS | {"optimizer": "zoo_fakes:told", "example_inputs": False, "float64": True}
+    )
+    assert "TypeError: inputs None, options {}" in record["message"]
+    record = check("zoo_fakes:right", OPTIONS | {"optimizer": "zoo_fakes:told", "optimize_options": {"cost": "nodes"}})
+    assert "TypeError: inputs [(2, 3, 9, 7)], options {'cost': 'nodes'}" in record["message"]
+    assert check("zoo_fakes:right", OPTIONS | {"float64": True})["error_64"] < 1e-12
 
 
 def test_batch_norms_left_behind_are_found_and_need_a_reason() -> None:
