@@ -15,10 +15,10 @@ from torch.fx import GraphModule
 
 from . import describe
 from .cost import cost_name, resolve
-from .dynamo import exposed_state, inside_regions, traced
-from .entry import Entry, How, Planned, attribute, clone
+from .dynamo import exposed_state, inside_regions, number_positions, traced
+from .entry import Entry, How, Planned, Variants, attribute, untouched
 from .functional import functional
-from .inner import compiled, mode_options
+from .inner import mode_options
 from .pattern import select
 from .plan import Planner
 from .report import Report
@@ -64,20 +64,37 @@ def fxfuse(gm: GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
         ValueError: an unknown option, or an unknown value of one; the message lists the known ones.
     """
     settings = _settings(options, mode)
-    inner, inner_options = settings["inner"], settings["inner_options"]
-    planned = None
+    numbers = number_positions(gm, example_inputs)
+    if not numbers:
+        return _compiled(gm, example_inputs, settings, live=True)
+    variants = Variants(numbers, lambda args, live: _compiled(gm, args, settings, live))
+    variants.at(example_inputs, live=True)
+    return variants
+
+
+def _reset() -> None:
+    """Forget all graphs, with Dynamo."""
+    _entries.clear()
+
+
+fxfuse.reset = _reset  # type: ignore[attr-defined]
+
+
+def _compiled(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any], live: bool) -> Any:
+    """What Dynamo is given for its graph; `live` says that it is just compiling it."""
+    how = How(settings["inner"], settings["inner_options"], settings["freeze"], settings["check"])
     try:
-        planned = _planned(gm, example_inputs, settings)
+        planned = _planned(gm, inputs, settings)
     except Exception as error:  # whatever goes wrong here, the model runs
         if settings["strict"]:
             raise
         logger.error("a graph is left as it is: %s: %s", type(error).__name__, error, exc_info=True)
+        planned = None
     if planned is None:
-        return compiled(clone(gm), example_inputs, inner, inner_options, baked=False)
+        return untouched(gm, inputs, how, live)
     if settings["on_report"] is not None:
         settings["on_report"](planned.report)
-    how = How(inner, inner_options, settings["freeze"], settings["check"])
-    entry = Entry(planned, gm, example_inputs, how)
+    entry = Entry(planned, gm, inputs, how, live)
     _entries.add(entry)
     return entry
 
@@ -116,6 +133,8 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     if exposed:
         take = traced(gm, inputs, exposed)
     before = describe.totals(take.captured.graph, take.captured.modules, _numbers(inputs, take.state), None)
+    held = {str(n.target) for n in take.captured.graph.nodes if n.op in ("get_attr", "call_module")}
+    held -= set(take.state.values())
     view = look(take.captured, take.shapes)
     for node in inside_regions(take.captured.graph):
         view.affine.pop(node, None)
@@ -142,8 +161,7 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     names = {name: op for op, name in rewriter.names.items()}
     made = functional(rewriter.graph, rewriter.layers)
     folded = {path: (names[name], int(place == "bias")) for path, (name, place) in made.items()}
-    own = {str(n.target) for n in rewriter.graph.find_nodes(op="get_attr")} - set(take.state.values()) - set(folded)
-    constants = {path: attribute(take.captured.root, path) for path in own}
+    constants = {path: attribute(take.captured.root, path) for path in held}
     return Planned(rewriter.graph, take.state, folded, constants, report)
 
 

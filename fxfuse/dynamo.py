@@ -40,9 +40,10 @@ class Traced:
 def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = frozenset()) -> Traced:
     """Dynamo's graph with every state placeholder, those at `exposed` aside, made an attribute; `gm` stays as it is."""
     root, graph = nn.Module(), Graph()
-    values: dict[Node, Node] = {}
+    values: dict[Node, Any] = {}
     arguments = dict(enumerate(gm.graph.find_nodes(op="placeholder")))
-    state = {i: n for i, n in arguments.items() if is_state(n, inputs[i]) and i not in exposed}
+    numbers = number_positions(gm, inputs)
+    state = {i: n for i, n in arguments.items() if is_state(n, inputs[i]) and i not in exposed and i not in numbers}
     for index, node in arguments.items():
         if index not in state:
             values[node] = graph.node_copy(node)
@@ -51,8 +52,12 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
     for index, node in state.items():
         values[node] = graph.get_attr(paths[index])
         values[node].meta = dict(node.meta)
+    asked = {user: inputs[i].item() for i in numbers for user in arguments[i].users}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
+            continue
+        if node in asked:
+            values[node] = asked[node]
             continue
         values[node] = graph.node_copy(node, values.__getitem__)
         if node.op == "get_attr":  # state that a global freezing left there, constants, graphs of branches
@@ -60,7 +65,21 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
         elif node.op == "call_module":
             values[node].target = _put(root, str(node.target), gm.get_submodule(str(node.target)))
     captured = Captured(graph, root.eval(), how="dynamo")
-    return Traced(captured, paths, _shapes(values.values()))
+    return Traced(captured, paths, _shapes(v for v in values.values() if isinstance(v, Node)))
+
+
+def number_positions(gm: GraphModule, inputs: Sequence[Any]) -> list[int]:
+    """Positions of numbers, such as a batch norm's eps, that Dynamo passes as fresh tensors and asks for their item.
+
+    They become constants of the graph, which then holds for calls with the same numbers.
+    """
+    found = []
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        value = inputs[index]
+        single = isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, nn.Parameter)
+        if single and node.users and all(u.op == "call_method" and u.target == "item" for u in node.users):
+            found.append(index)
+    return found
 
 
 def exposed_state(take: Traced) -> frozenset[int]:

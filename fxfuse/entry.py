@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from .constants import Attr
@@ -65,16 +66,14 @@ class How:
 class Entry:
     """Callable in place of Dynamo's graph, with the same arguments."""
 
-    def __init__(self, planned: Planned, untouched: GraphModule, inputs: Sequence[Any], how: How) -> None:
-        self.planned, self.untouched, self.how = planned, untouched, how
+    def __init__(self, planned: Planned, gm: GraphModule, inputs: Sequence[Any], how: How, live: bool = True) -> None:
+        self.planned, self.gm, self.how = planned, gm, how
         self.number = next(_numbers)
         self.reads: list[int] = []
         self.state = sorted(planned.state)
         self.runtime = [i for i in range(len(inputs)) if i not in planned.state]
-        placeholders = untouched.graph.find_nodes(op="placeholder")
-        self.fakes = [n.meta["example_value"] for n in placeholders]
-        context = TracingContext.try_get()
-        self.fake_mode = None if context is None else context.fake_mode
+        self.fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
+        self.fake_mode = next((t.fake_mode for t in self.fakes if isinstance(t, FakeTensor)), None)
         self.lock = threading.RLock()
         self.sets: OrderedDict[tuple[int, ...], WeightSet] = OrderedDict()
         self.last: WeightSet | None = None
@@ -82,12 +81,8 @@ class Entry:
         self.plain: Callable[..., Any] | None = None
         self.on_cpu = all(t.device.type == "cpu" for t in (inputs[i] for i in self.state))
         self.grad = torch.is_grad_enabled()
-        self._start(inputs)
-
-    def _start(self, inputs: Sequence[Any]) -> None:
-        """Compile for the weights that are there now, while Dynamo's own context stands."""
-        if self.state:
-            self.last = self._new([inputs[i] for i in self.state], inputs)
+        with self.lock:  # `live` says that Dynamo's own context stands
+            self.last = self._new([inputs[i] for i in self.state], inputs if live else None)
 
     def __call__(self, *args: Any) -> Any:
         state = [args[i] for i in self.state]
@@ -113,7 +108,8 @@ class Entry:
             if found is None or found.dead:
                 found = self._new(state, None)
             elif not found.fresh(state):
-                self._update(found, state)
+                found.note(state)  # before they are read: what is written meanwhile counts as a change again
+                self._fold(found, state, None, first=False)
             self.sets.move_to_end(key)
             self.last = found
             return found
@@ -126,17 +122,11 @@ class Entry:
             self.sets.popitem(last=False)
         return new
 
-    def _update(self, known: WeightSet, state: list[Tensor]) -> None:
-        known.note(state)  # before the weights are read: what is written meanwhile counts as a change again
-        known.changes += 1
-        self._fold(known, state, None, first=False)
-
     def _fold(self, found: WeightSet, state: list[Tensor], inputs: Sequence[Any] | None, first: bool) -> None:
         """Compute what is folded of the weights, and a runner for it."""
-        values = {self.planned.state[i]: t.detach() for i, t in zip(self.state, state, strict=True)}
         with torch.no_grad(), torch.inference_mode(False), _no_autocast():
-            operators = [op for op, _ in self.planned.folded.values()]
-            stored = tensors(operators, lambda attr: self._value(attr, values))
+            values = {self.planned.state[i]: t.detach() for i, t in zip(self.state, state, strict=True)}
+            stored = tensors((op for op, _ in self.planned.folded.values()), lambda attr: self._value(attr, values))
         refused = [r for r in stored.values() if isinstance(r, Refusal)]
         if refused:
             logger.warning("these weights are not folded: %s", refused[0])
@@ -162,7 +152,7 @@ class Entry:
 
     def _baked(self, values: dict[str, Tensor], inputs: Sequence[Any] | None) -> Callable[..., Any]:
         """A graph of its own, with these weights as constants."""
-        gm = module_of(copied_graph(self.planned.graph), self.planned.constants | values, self.untouched)
+        gm = module_of(copied_graph(self.planned.graph), self.planned.constants | values, self.gm)
         run, runtime = self._compiled(gm, self.runtime, inputs, baked=True), self.runtime
         return lambda args, state: run(*[args[i] for i in runtime])
 
@@ -196,14 +186,13 @@ class Entry:
         for node in graph.find_nodes(op="get_attr"):
             if not node.users:
                 graph.erase_node(node)
-        gm = module_of(graph, self.planned.constants, self.untouched)
+        gm = module_of(graph, self.planned.constants, self.gm)
         return self._compiled(gm, [*self.runtime, *self.reads], inputs, baked=False, extra=folded)
 
     def _unfolded(self, inputs: Sequence[Any] | None) -> Callable[..., Any]:
         """The graph as Dynamo gave it."""
         if self.plain is None:
-            every = range(len(self.fakes))
-            self.plain = self._compiled(clone(self.untouched), every, inputs, baked=False)
+            self.plain = untouched(self.gm, self.fakes if inputs is None else inputs, self.how, inputs is not None)
         plain = self.plain
         return lambda args, state: plain(*args)
 
@@ -221,17 +210,48 @@ class Entry:
         extra: Sequence[Any] = (),
     ) -> Callable[..., Any]:
         """Compile with the inputs that Dynamo gave, or later on with its stand-ins for them."""
-        how, mode = self.how, self.fake_mode
+        mode = self.fake_mode
         known = [(self.fakes if inputs is None else inputs)[i] for i in which]
         known += [t if mode is None else mode.from_tensor(t, static_shapes=True) for t in extra]
-        context = contextlib.nullcontext() if inputs is not None or mode is None else tracing(TracingContext(mode))
-        with context:
-            return compiled(gm, known, how.inner, how.inner_options, baked)
+        with _context(mode, inputs is not None):
+            return compiled(gm, known, self.how.inner, self.how.inner_options, baked)
 
     def _forget(self, lost: WeightSet) -> None:
         self.sets.pop(tuple(lost.ids), None)
         if self.last is lost:
             self.last = None
+
+
+class Variants:
+    """Dynamo's graph by the numbers that it is called with: an entry for each, planned when they first come."""
+
+    def __init__(self, numbers: list[int], plan: Callable[[Sequence[Any], bool], Callable[..., Any]]) -> None:
+        self.numbers, self.plan = numbers, plan
+        self.entries: dict[tuple[float, ...], Callable[..., Any]] = {}
+        self.lock = threading.RLock()
+
+    def at(self, args: Sequence[Any], live: bool) -> Callable[..., Any]:
+        key = tuple(args[i].item() for i in self.numbers)
+        if key not in self.entries:
+            with self.lock:
+                if key not in self.entries:
+                    self.entries[key] = self.plan(args, live)
+        return self.entries[key]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.at(args, live=False)(*args)
+
+
+def untouched(gm: GraphModule, inputs: Sequence[Any], how: How, live: bool) -> Callable[..., Any]:
+    """A copy of Dynamo's graph, handed to the inner compiler as it is."""
+    mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), None)
+    with _context(mode, live):
+        return compiled(clone(gm), inputs, how.inner, how.inner_options, baked=False)
+
+
+def _context(mode: Any, live: bool) -> Any:
+    """Dynamo's own context while it compiles; later on a new one about the same stand-ins."""
+    return contextlib.nullcontext() if live or mode is None else tracing(TracingContext(mode))
 
 
 def clone(gm: GraphModule) -> GraphModule:
