@@ -9,9 +9,10 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .layers import CONVS, NORMS
+from .names import plain
 from .plan import Fuse, Plan, fuses
 from .record import Operator
-from .regions import Join, Step
+from .regions import Join, Step, exit_of
 from .report import Fired, Totals
 from .view import View
 
@@ -29,7 +30,7 @@ def _kind(node: Node, modules: Mapping[str, nn.Module]) -> str:
     """One name for all spellings: conv for nn.Conv2d, F.conv2d and torch.conv1d alike."""
     if node.op == "call_module":
         return kind_of(modules[str(node.target)])
-    return _plain(str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target)))
+    return _plain(plain(node.target) or str(node.target))
 
 
 def kind_of(module: nn.Module) -> str:
@@ -48,7 +49,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def _plain(name: str) -> str:
     flat = name.strip("_").lower()
-    if flat.startswith(("batchnorm", "batch_norm")):
+    if flat.startswith(("batchnorm", "batch_norm", "native_batch_norm")):
         return "batch_norm"
     return "conv" if flat.startswith("conv") else _ALIASES.get(flat, flat)
 
@@ -91,7 +92,7 @@ def _describe(fuse: Fuse, view: View, names: Mapping[Operator, str]) -> Fired:
             before.append(text.replace("scale", "batch_norm", 1) if step.op.law == "batch_norm" else text)
             if step.op.weighted and step.node in view.shapes:
                 work += _macs(step.op, step.node, view)
-    last = [p.node for p in fuse.parts if p.node is not None][-1]
+    last = exit_of(fuse.parts)
     after = _macs(fuse.op, last, view) if last in view.shapes else None
     return Fired(
         path=names.get(fuse.op, fuse.op.path),

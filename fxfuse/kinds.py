@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.fx import Node, Proxy
 
+from .names import plain
+
 _ASKS_SIZE = {"size", "dim", "ndimension", "numel", "stride", "item", "nelement", "__len__"}
 _ASKS_ONE = _ASKS_SIZE - {"stride", "item"}
 _IS_SIZE = {"shape", "ndim", "nbytes", "itemsize"}
@@ -34,18 +36,18 @@ def is_number(node: Any) -> bool:
     """Whether a node gives a Python number or tuple, so that `+=` makes a new one and writes nothing."""
     if not isinstance(node, Node):
         return isinstance(node, (int, float, str, slice, tuple, list))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = plain(node.target)
     if node.op == "call_method":
         return name in _ASKS_SIZE | _SPLITS
     if node.op != "call_function":
         return False
     if node.target is getattr:
         return node.args[1] in _IS_SIZE
-    if name in _SPLITS:
+    if name in _SPLITS or name == "sym_size":
         return True
     if node.target is operator.getitem:
         source = node.args[0]
-        pieces = isinstance(source, Node) and getattr(source.target, "__name__", source.target) in _SPLITS
+        pieces = isinstance(source, Node) and plain(source.target) in _SPLITS
         return is_number(source) and not pieces
     module = getattr(node.target, "__module__", "")
     return module in ("_operator", "math", "builtins") and all(is_number(a) for a in node.args)
@@ -65,7 +67,7 @@ def is_tensor(node: Node, root: nn.Module) -> bool:
         return place in _TENSOR_MODULES
     if node.target in _ARITHMETIC:
         return any(is_tensor(n, root) for n in node.all_input_nodes)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = plain(node.target)
     return node.op in ("call_function", "call_method") and name in _TENSOR_NAMES
 
 

@@ -19,8 +19,8 @@ from .arguments import (
     tensor,
     unary,
 )
+from .call import Call
 from .constants import Apply, Attr
-from .dialect import Call
 from .record import IDENTITY, Operator, pointwise
 from .refusal import Refusal
 

@@ -92,7 +92,7 @@ def optimize(
     fused = outcome.module(model)
     error = None
     if verify and inputs is not None:
-        error = compare(model, fused, inputs, None if verify is True else float(verify))
+        error = compare(model, fused, inputs, None if verify is True else float(verify), root.how)
     params = sum(p.numel() for p in fused.parameters())
     report = _report(model, root, outcome, params, cost_name(cost), started, max_error=error)
     store(fused, report, outcome.replays)

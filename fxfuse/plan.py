@@ -18,6 +18,7 @@ from itertools import pairwise
 from torch.fx import Node
 
 from . import algebra
+from .asked import answers
 from .cost import CostFunction
 from .explain import left_over
 from .partition import FREE, Group, Price, cut, partition, plus
@@ -25,6 +26,7 @@ from .pattern import Selection
 from .record import IDENTITY, Operator
 from .refusal import Refusal
 from .regions import Chain, Join, Step, find, part_nodes
+from .reorder import orders
 from .view import View
 
 UNREACHED: Price = (10**9, Fraction(0), 0)
@@ -96,23 +98,40 @@ class Planner:
     fused: set[Node] = field(default_factory=set)
 
     def run(self) -> Plan:
-        sites = []
-        chains = find(self.view)
+        sites, _ = self._sites(frozenset())
+        shared = frozenset(self.view.passage.trees.keys() - self.fused)
+        while shared:  # factors that several layers share, where each of them takes its own
+            sites, left = self._sites(shared)
+            if not left:
+                break
+            shared -= left
+            if not shared:
+                sites, _ = self._sites(shared)
+        notes = left_over(self.view, self.patterns, self.joined, self.fused)
+        return Plan(tuple(sites), tuple(dict.fromkeys((*self.refusals, *notes))))
+
+    def _sites(self, shared: frozenset[Node]) -> tuple[list[Site], set[Node]]:
+        """All sites with something to fuse, and those `shared` factors that a layer after them does not take."""
+        chains, sites, left = find(self.view, shared), list[Site](), set[Node]()
+        self.refusals, self.fused = [], set()
         self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
         for chain in chains:
+            taken = set[Node]()
             if refusal := self._overwritten(chain):
                 self.refusals.append(refusal)
-                continue
-            best = self._chain(chain, Fraction(1))
-            self.refusals.extend(best.notes)
-            stretches = list(fuses(best.segments))
-            if stretches:
+            else:
+                best = self._chain(chain, Fraction(1))
+                self.refusals.extend(best.notes)
+                taken = {n for f in fuses(best.segments) for p in f.parts for n in part_nodes(p)}
+            if taken:
                 sites.append(Site(chain.source, best.segments))
-                self.fused.update(n for f in stretches for p in f.parts for n in part_nodes(p))
-        return Plan(
-            tuple(sites),
-            tuple(dict.fromkeys((*self.refusals, *left_over(self.view, self.patterns, self.joined, self.fused)))),
-        )
+                self.fused |= taken
+            first = next(part_nodes(chain.parts[0]), None)
+            if first in shared:
+                tree = self.view.passage.trees[first]
+                own = {n for p in chain.parts for n in part_nodes(p) if n in tree}
+                left |= {first} if any(self.view.affine[n].op.kind == "scale" for n in own - taken) else set()
+        return sites, left
 
     def _overwritten(self, chain: Chain) -> Refusal | None:
         effects = self.view.effects
@@ -150,6 +169,14 @@ class Planner:
         return (-forced, Fraction(self.cost(op, area)), executed)
 
     def _chain(self, chain: Chain, area: Fraction) -> _Option:
+        """Best cover of the parts in the order that allows the cheapest."""
+        best = self._cover(chain, area)
+        for order in orders(chain.parts, lambda n: self.view.affine[n].assumes is None):
+            other = self._cover(replace(chain, parts=order), area)
+            best = other if other.price < best.price else best
+        return best
+
+    def _cover(self, chain: Chain, area: Fraction) -> _Option:
         """Best cover of the parts, and the operator of them all where there is one."""
         options: list[_Option] = []
         areas = [area]
@@ -199,7 +226,7 @@ class Planner:
     def _after(self, part: Step | Join, before: Fraction) -> Fraction:
         """Output positions after a part."""
         if isinstance(part, Step):
-            return self._area(part.node, before, part.op)
+            return before if part.moved else self._area(part.node, before, part.op)
         spatial = next((s.op.spatial for s in _steps(part) if s.op.spatial is not None), None)
         counted = self._positions(part.node, spatial)
         if counted is not None:
@@ -212,6 +239,7 @@ class Planner:
         if isinstance(part, Step):
             executed = int(part.node is not None) + part.op.computed
             price = self._price(part.op, self._area(part.node, area, part.op), executed)
+            price = UNREACHED if part.moved else price  # its node stands elsewhere
             return _Option(price, (Keep(part),), part.op)
         branches = [self._chain(b, area) for b in part.branches]
         return self._sum(part, branches, area) if part.kind == "sum" else self._concat(part, branches, area)
@@ -219,7 +247,9 @@ class Planner:
     def _combine(self, relation: str, f: Operator | Refusal, g: Operator | Refusal) -> Operator | Refusal:
         if isinstance(f, Refusal):
             return f
-        return g if isinstance(g, Refusal) else self.patterns.combine(relation, f, g)
+        if isinstance(g, Refusal) or "carry" not in (f.kind, g.kind):
+            return g if isinstance(g, Refusal) else self.patterns.combine(relation, f, g)
+        return Refusal("a reshape, permutation or average stands between")
 
     def _fusable(
         self, op: Operator | Refusal, parts: Sequence[Step | Join], area: Fraction
@@ -236,6 +266,8 @@ class Planner:
         ready = algebra.finish(op)
         if isinstance(ready, Refusal):
             return None
+        if self.view.sized and answers(parts, self.view.sized) is None:
+            return None  # somebody asks for the size of a value that would be gone
         op, executed = ready
         return self._price(op, area, executed), Fuse(op, tuple(parts))
 
@@ -317,7 +349,7 @@ class Planner:
         for (left, right), (f, g) in zip(pairwise(cuts), pairwise(stretches), strict=True):
             if isinstance(f, Refusal) or isinstance(g, Refusal):
                 continue
-            if not (f.weighted or g.weighted) or "identity" in (f.kind, g.kind):
+            if not (f.weighted or g.weighted) or {"identity", "carry"} & {f.kind, g.kind}:
                 continue
             last = chain.parts[right[0]]
             where = g.path or f.path or str(last.node)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from .call import Call
 from .capture import Captured
-from .dialect import Call, read
+from .dialect import read
 from .effects import shape_reader
 
 _SAME_SIZE = ("batch_norm", "dropout")

@@ -126,6 +126,21 @@ class Operator:
             operands=tuple(o.at(spatial, channels) for o in self.operands),
         )
 
+    def relaid(self, spatial: int) -> Operator:
+        """This factor and shift a channel on a tensor with another number of dims after its channels."""
+        if self.spatial is None or self.spatial == spatial:
+            return self
+        ones = (1,) * spatial
+        return replace(
+            self,
+            spatial=spatial,
+            kernel=ones,
+            stride=ones,
+            dilation=ones,
+            padding=((0, 0),) * spatial,
+            output_padding=(0,) * spatial,
+        )
+
     def describe(self) -> str:
         """`conv2d 64->128 k3x3 s2 p1 g4`: the shape of the operator for a report."""
         rank = "" if self.spatial is None else f"{self.spatial}d"

@@ -9,7 +9,7 @@ that tensor's own chain, where nothing outside of the join reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -22,10 +22,15 @@ from .view import View
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operator; `node` is None for a coefficient that belongs to a join (`a - b`)."""
+    """One operator; `node` is None for a coefficient that belongs to a join (`a - b`).
+
+    A `moved` step acts at another place than its node, see `reorder`; `others` go with the node.
+    """
 
     node: Node | None
     op: Operator
+    moved: bool = False
+    others: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Chain:
 def part_nodes(part: Step | Join) -> Iterator[Node]:
     """Every graph node below a part."""
     if isinstance(part, Step):
+        yield from part.others
         if part.node is not None:
             yield part.node
         return
@@ -59,8 +65,17 @@ def part_nodes(part: Step | Join) -> Iterator[Node]:
             yield from part_nodes(inner)
 
 
-def find(view: View) -> list[Chain]:
-    """All maximal chains, in execution order of their last node."""
+def exit_of(parts: Iterable[Step | Join]) -> Node:
+    """The node whose value the last of `parts` gives: one that has not moved."""
+    return [p.node for p in parts if p.node is not None and not (isinstance(p, Step) and p.moved)][-1]
+
+
+def find(view: View, shared: frozenset[Node] = frozenset()) -> list[Chain]:
+    """All maximal chains, in execution order of their last node.
+
+    Each layer after `shared` factors (roots of `Passage.trees`) has a copy of them in its own chain.
+    """
+    copied = {n for root in shared for n in view.passage.trees[root]}
     chains: dict[Node, Chain] = {}
     swallowed: set[Node] = set()
     flow: nx.MultiDiGraph[Node] = nx.MultiDiGraph()
@@ -70,13 +85,22 @@ def find(view: View) -> list[Chain]:
     for node, affine in view.affine.items():
         private = [s in chains and _private(s, node, view, flow) for s, _ in affine.inputs]
         starts = [chains[s] if p else Chain(s, []) for (s, _), p in zip(affine.inputs, private, strict=True)]
+        if node in shared:
+            chains[node] = Chain(affine.inputs[0][0], [Step(node, affine.op)])
+            swallowed.add(node)
+            continue
+        if affine.inputs[0][0] in copied:
+            before = chains[affine.inputs[0][0]]
+            chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op)])
+            swallowed.update({node} & copied)
+            continue
         if affine.kind == "unary":
             chains[node] = Chain(starts[0].source, starts[0].parts)
             starts[0].parts.append(Step(node, affine.op))
         elif len({c.source for c in starts}) == 1:
-            join, source = _join(node, affine, starts), starts[0].source
+            join, source = _join(node, affine, starts, view), starts[0].source
             chains[node] = Chain(source, [join])
-            if source in chains and set(_readers(source, view)) <= set(part_nodes(join)):
+            if source in chains and set(view.readers(source)) <= set(part_nodes(join)):
                 chains[node] = Chain(chains[source].source, [*chains[source].parts, join])
                 swallowed.add(source)
         else:
@@ -85,12 +109,12 @@ def find(view: View) -> list[Chain]:
     return [c for n, c in chains.items() if n not in swallowed]
 
 
-def _join(node: Node, affine: Affine, starts: list[Chain]) -> Join:
+def _join(node: Node, affine: Affine, starts: list[Chain], view: View) -> Join:
     """The join of chains of one tensor; a sum inside a sum is one sum of all summands."""
     branches, nodes = list[Chain](), [node]
     for chain, (_, coefficient) in zip(starts, affine.inputs, strict=True):
         inner = chain.parts[0] if len(chain.parts) == 1 else None
-        if isinstance(inner, Join) and inner.kind == affine.kind == "sum":
+        if isinstance(inner, Join) and inner.kind == affine.kind == "sum" and inner.node not in view.sized:
             group = inner.branches
             nodes.extend(inner.nodes)
         else:
@@ -102,16 +126,7 @@ def _join(node: Node, affine: Affine, starts: list[Chain]) -> Join:
 
 def _private(source: Node, reader: Node, view: View, flow: nx.MultiDiGraph[Node]) -> bool:
     """Whether `reader` is the only one to read `source`, and reads it once."""
-    return flow.number_of_edges(source, reader) == 1 and _readers(source, view) == [reader]
-
-
-def _readers(node: Node, view: View) -> list[Node]:
-    """Who reads the data of `node`; pieces of a chunk or split are read where they are taken out."""
-    readers = []
-    for user in view.data_users(node):
-        call = view.calls.get(user)
-        readers += view.data_users(user) if call is not None and call.op in ("chunk", "split") else [user]
-    return readers
+    return flow.number_of_edges(source, reader) == 1 and view.readers(source) == [reader]
 
 
 def _times(coefficient: float) -> Operator:

@@ -12,16 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from . import schema
 from .algebra import needs_pad
+from .asked import answers
 from .assemble import assemble
+from .call import SEVERAL
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
 from .effects import rank_check, shape_reader
+from .kinds import is_number
 from .materialize import Stored, blank, layer, sources, tensors
+from .names import is_aten
 from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .record import Operator
 from .refusal import Refusal
-from .regions import Join, part_nodes
+from .regions import Join, Step, exit_of, part_nodes
 from .view import View
 
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
@@ -66,6 +71,7 @@ class Rewriter:
         self.condemned: set[Node] = set()
         self.replaced: dict[Node, Node] = {}
         self.guarded: set[tuple[Node, int]] = set()
+        self.emitted: dict[Node, tuple[Fuse, Node]] = {}  # by the call of the new layer, with what it reads
         self.taken: set[str] = set()  # names in use, and everything above them
         self.above: set[str] = set()
 
@@ -78,6 +84,7 @@ class Rewriter:
             refused = [r.at(op.path) for op, r in pairs if isinstance(r, Refusal)]
             failed += refused
             done += [] if refused else [site]
+        done = _whole_trees(done, plan.sites)
         for op, numbers in stored.items():
             if not isinstance(numbers, Refusal):
                 weight, bias = numbers
@@ -85,7 +92,7 @@ class Rewriter:
         self._release(done)
         for site in done:
             self._emit(self._current(site.source), site.segments)
-            self._redirect_readers(site)
+        self._redirect_readers()
         self._sweep()
         recipes = tuple(Recipe(name, op) for op, name in self.names.items())
         return replace(plan, sites=tuple(done), refusals=tuple(dict.fromkeys(failed))), recipes
@@ -123,7 +130,7 @@ class Rewriter:
             self.layers[name] = self.built[op]
         return self.names[op]
 
-    def _emit(self, value: Node, segments: Iterable[Segment]) -> tuple[Node, float]:
+    def _emit(self, value: Node, segments: tuple[Segment, ...]) -> tuple[Node, float]:
         """Emit segments on `value`; the node of the result and a coefficient left to its join."""
         coefficient = 1.0
         for segment in segments:
@@ -132,12 +139,14 @@ class Rewriter:
                     coefficient *= float(segment.step.op.const("factor"))
                 else:
                     value = segment.step.node
+                    self._guard_carry(value, segments)
             elif isinstance(segment, Fuse):
-                exits = [n for p in segment.parts for n in _exits(p)]
-                new = self._layer_call(segment, value, exits[-1])
+                end = exit_of(segment.parts)
+                new = self._layer_call(segment, value, end)
                 self._condemn(segment)
-                new.meta["fxfuse_exit"] = exits[-1].name
-                self._replace(exits[-1], new)
+                new.meta["fxfuse_exit"] = end.name
+                self._replace(end, new)
+                self._let_through(segment)
                 value = new
             else:
                 value = self._rejoin(segment, value)
@@ -169,9 +178,17 @@ class Rewriter:
         old.replace_all_uses_with(new)
         self.replaced[old] = new
 
+    def _let_through(self, fuse: Fuse) -> None:
+        """Let those that read a factor which has moved elsewhere read its input."""
+        for part in fuse.parts:
+            if isinstance(part, Step) and part.moved and part.node is not None:
+                self._replace(part.node, self._current(self.view.affine[part.node].inputs[0][0]))
+
     def _current(self, node: Node) -> Node:
         """What stands for a node of the plan now: sites that read it are emitted after its own."""
-        return self.replaced.get(node, node)
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
 
     def _joined(self, join: Join, results: list[tuple[Node, float]]) -> Node:
         if join.kind == "concat":
@@ -190,7 +207,10 @@ class Rewriter:
         """Call the layer of a fused stretch on `source`, right before node `before`."""
         op, nodes = fuse.op, [n for p in fuse.parts for n in part_nodes(p)]
         name = self._name(op)
-        self._guard(source, nodes)
+        self._guard(source, fuse)
+        asked = answers(fuse.parts, self.view.sized) or {}
+        later = [u for n, by_input in asked.items() if not by_input for u in self.view.sized[n]]
+        before = min((before, *later), key=self.view.effects.position.__getitem__)
         spatial = op.spatial or 0
         with self.graph.inserting_before(before):
             x = source
@@ -202,24 +222,44 @@ class Rewriter:
                 value: Any = op.pad_value if mode == "constant" else None
                 x = self.graph.call_function(F.pad, (x, amounts, mode, value))
             x = self.graph.call_module(name, (x,))
+        self.emitted[x] = (fuse, source)
+        for node, by_input in asked.items():
+            for user in self.view.sized[node]:
+                user.replace_input_with(node, source if by_input else x)
         affine = self.view.affine
         heaviest = next((n for n in nodes if n in affine and affine[n].op.path == op.path), nodes[-1])
         x.meta = {k: heaviest.meta[k] for k in ("nn_module_stack", "stack_trace") if k in heaviest.meta}
-        x.meta["fxfuse"] = tuple(n.name for n in nodes)
+        x.meta["fxfuse"] = tuple(dict.fromkeys(n.name for n in nodes))
         return x
 
-    def _guard(self, source: Node, nodes: list[Node]) -> None:
-        """Check the rank a merge took for granted, once a tensor."""
-        ranks = {self.view.affine[n].assumes for n in nodes if n in self.view.affine} - {None}
-        for rank in sorted(r for r in ranks if r is not None):
-            if (source, rank) not in self.guarded:
-                self.guarded.add((source, rank))
-                with self.graph.inserting_after(source):
-                    message = GUARD.format(rank)
-                    check = self.graph.call_function(torch._assert, (source, message))
-                with self.graph.inserting_before(check):
-                    dims = self.graph.call_method("dim", (source,))
-                    check.args = (self.graph.call_function(operator.eq, (dims, rank)), message)
+    def _guard(self, source: Node, fuse: Fuse) -> None:
+        """Check the rank a merge took for granted."""
+        affine = self.view.affine
+        for part in fuse.parts:
+            for node in part_nodes(part):
+                if node in affine and (rank := affine[node].assumes) is not None:
+                    moved = isinstance(part, Step) and part.moved
+                    self._check_rank(self._current(affine[node].inputs[0][0]) if moved else source, rank)
+
+    def _guard_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:
+        """Check the rank of what a carry reads, if a factor has moved past it."""
+        affine = self.view.affine[node]
+        if affine.op.kind != "carry" or affine.assumes is None:
+            return
+        if any(isinstance(p, Step) and p.moved for s in segments if isinstance(s, Fuse) for p in s.parts):
+            self._check_rank(self._current(affine.inputs[0][0]), affine.assumes)
+
+    def _check_rank(self, source: Node, rank: int) -> None:
+        """Check the rank of a tensor, once."""
+        if (source, rank) in self.guarded:
+            return
+        self.guarded.add((source, rank))
+        with self.graph.inserting_after(source):
+            message = GUARD.format(rank)
+            check = self.graph.call_function(torch._assert, (source, message))
+        with self.graph.inserting_before(check):
+            dims = self.graph.call_method("dim", (source,))
+            check.args = (self.graph.call_function(operator.eq, (dims, rank)), message)
 
     def _condemn(self, fuse: Fuse) -> None:
         for part in fuse.parts:
@@ -228,12 +268,15 @@ class Rewriter:
                 if node in self.view.affine:
                     self.condemned.update(self.view.affine[node].extra)
 
-    def _redirect_readers(self, site: Site) -> None:
-        """Let those that ask a vanishing tensor for its rank or dtype ask the site's input."""
-        for node in _nodes(site):
-            for user in list(node.users):
-                if shape_reader(user) in ("rank", "dtype"):
-                    user.replace_input_with(node, self._current(site.source))
+    def _redirect_readers(self) -> None:
+        """Let those that ask a vanishing tensor for its rank or dtype ask what the layer reads instead."""
+        for fuse, source in self.emitted.values():
+            while (source := self._current(source)) in self.emitted:
+                source = self.emitted[source][1]  # a layer keeps both
+            for node in (n for p in fuse.parts for n in part_nodes(p)):
+                for user in list(node.users):
+                    if shape_reader(user) in ("rank", "dtype"):
+                        user.replace_input_with(node, source)
 
     def _sweep(self) -> None:
         """Erase what the sites replaced, and what nobody reads because of it."""
@@ -254,8 +297,8 @@ class Rewriter:
         if node.op == "get_attr" or node in self.view.constants or shape_reader(node):
             return True
         call = self.view.calls.get(node)
-        pure = call is not None and call.op in ("chunk", "split", "getitem") and node not in self.view.effects.writes
-        return pure or node.target is operator.eq
+        pure = call is not None and call.op in {*SEVERAL, "getitem"} and node not in self.view.effects.writes
+        return pure or node.target is operator.eq or is_number(node) or (is_aten(node) and schema.pure(node))
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
@@ -279,6 +322,16 @@ class Rewriter:
         return assemble(self.view.captured, self.graph, self.layers, memo)
 
 
+def _whole_trees(done: list[Site], sites: tuple[Site, ...]) -> list[Site]:
+    """Sites that share a factor with one that is left out are left out too: the factor stays."""
+    count = len(sites)
+    while count != len(done):
+        count, whole = len(done), {id(s) for s in done}
+        kept = {n for s in sites if id(s) not in whole for n in _nodes(s)}
+        done = [s for s in done if kept.isdisjoint(_nodes(s))]
+    return done
+
+
 def _operators(site: Site) -> list[Operator]:
     """Operators of all fused stretches of a site, in order."""
     return [f.op for f in fuses(site.segments)]
@@ -295,10 +348,6 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _exits(part: Any) -> list[Node]:
-    return [part.node] if part.node is not None else []
-
-
 def _ends_in_coefficient(piece: tuple[Segment, ...]) -> bool:
     """Whether a coefficient of the join went into a fused layer of the branch."""
-    return any(isinstance(s, Fuse) and any(not _exits(p) for p in s.parts) for s in piece)
+    return any(isinstance(s, Fuse) and any(p.node is None for p in s.parts) for s in piece)

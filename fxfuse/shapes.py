@@ -70,7 +70,8 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
         raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
     runner = _Shapes(captured)
     try:
-        with restored(captured.root), _fake(inputs) as fakes, torch.no_grad():
+        with restored(captured.root), _fake(inputs) as (mode, fakes), torch.no_grad():
+            _fake_state(runner, mode)
             runner.run(*fakes, enable_io_processing=True)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
         if not any(isinstance(t, FakeTensor) for t in tree_leaves(inputs)):
@@ -101,7 +102,7 @@ def inputs_of(
         for p, m in modules.items()
     ]
     try:
-        with restored(model), _fake(inputs) as fakes, torch.no_grad():
+        with restored(model), _fake(inputs) as (_, fakes), torch.no_grad():
             model(*fakes)
     except Exception as error:  # a forward that looks at data stops where it does: what came before is known
         _unknown(error)
@@ -116,16 +117,26 @@ def _ranks(args: tuple[Any, ...]) -> list[int | None]:
 
 
 @contextmanager
-def _fake(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The inputs as fake tensors, in their mode; those that are fake already stay."""
+def _fake(inputs: tuple[Any, ...]) -> Iterator[tuple[FakeTensorMode, tuple[Any, ...]]]:
+    """A mode and the inputs as fake tensors in it; those that are fake already stay."""
     known = [t for t in tree_leaves(inputs) if isinstance(t, FakeTensor)]
     with known[0].fake_mode if known else FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield inputs if known else tree_map_only(Tensor, mode.from_tensor, inputs)
+        yield mode, inputs if known else tree_map_only(Tensor, mode.from_tensor, inputs)
 
 
 def _unknown(error: Exception) -> None:
     text = str(error).strip().splitlines()
     logger.info("no shapes known ahead: %s", text[0] if text else type(error).__name__)
+
+
+def _fake_state(runner: _Shapes, mode: FakeTensorMode) -> None:
+    """Put fake tensors in the place of the model's own, which a forward that counts its calls would write to."""
+    for module in runner.module.modules():
+        for table in (module._parameters, module._buffers, module.__dict__):
+            real = {k: v for k, v in table.items() if isinstance(v, Tensor)}
+            fake: dict[str, Any] = {k: mode.from_tensor(v) for k, v in real.items()}
+            table.update(fake)
+    runner.constants = {k: mode.from_tensor(v) for k, v in runner.constants.items()}
 
 
 def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

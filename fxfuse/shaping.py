@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .dialect import Call
+from .call import Call
+from .dialect import ELEMENTWISE_MODULES
+from .dialect import elementwise as elementwise_call
 from .tracer import has_hooks
 
 # name: (canonical operation, names of its arguments, defaults)
@@ -135,6 +137,18 @@ def _module(node: Node, m: nn.Module) -> Call | None:
     if isinstance(m, nn.Embedding):
         return Call("embedding", {"index": node.args[0], "width": m.embedding_dim})
     return Call("same", args) if isinstance(m, _SAME) else None
+
+
+def elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node acts on each element of its first argument alone, so that the shape stays."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return plain(module) and isinstance(module, ELEMENTWISE_MODULES)
+    if node.op == "call_method" and node.target == "type_as":
+        return True
+    return elementwise_call(node) and node.all_input_nodes == [node.args[0]]
 
 
 def ints_of(value: Any) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,15 +17,19 @@ from torch.fx import Node
 
 from .arguments import Affine, Unknown
 from .border_fill import border_fills
+from .call import SEVERAL, Call
 from .capture import Captured, stays
+from .carries import read_carry
 from .constants import Attr, leaves
-from .dialect import Call, read
-from .effects import Effects, shape_reader
+from .dialect import read
+from .dims import Dims
+from .effects import Effects, asks_size, shape_reader
 from .fact import Fact
 from .facts import infer
 from .fold import find_constants, tensor_at
 from .lift_layers import LAYERS
 from .lift_tensors import ARITHMETIC
+from .passage import Passage, find_passage
 from .record import Operator
 from .refusal import Refusal
 from .shaping import read_shaping
@@ -44,11 +49,26 @@ class View:
     facts: dict[Node, Fact]
     shapes: Mapping[Node, torch.Size]
     calls: dict[Node, Call] = field(default_factory=dict)
+    passage: Passage = field(default_factory=Passage)
 
     def data_users(self, node: Node) -> list[Node]:
-        """Users that read the data, or a size that a rewrite could change."""
+        """Users that read more than its rank, dtype or size."""
         hidden = self.affine[node].extra if node in self.affine else ()
-        return [u for u in node.users if u not in hidden and shape_reader(u) not in ("rank", "dtype")]
+        return [u for u in node.users if u not in hidden and shape_reader(u) is None and not asks_size(u, node)]
+
+    @cached_property
+    def sized(self) -> dict[Node, list[Node]]:
+        """Who asks for the size of a node, for those that somebody asks."""
+        asked = {n: [u for u in n.users if asks_size(u, n)] for n in self.affine}
+        return {n: users for n, users in asked.items() if users}
+
+    def readers(self, node: Node) -> list[Node]:
+        """Who reads the data of `node`; pieces of a chunk or split are read where they are taken out."""
+        found = []
+        for user in self.data_users(node):
+            call = self.calls.get(user)
+            found += self.data_users(user) if call is not None and call.op in SEVERAL else [user]
+        return found
 
 
 def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
@@ -78,7 +98,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
             continue
         if isinstance(result, Affine) and node in fills:
             fill = fills[node]
-            result = replace(result, op=replace(result.op, pad_value=fill.value), extra=fill.writes)
+            result = replace(result, op=replace(result.op, pad_value=fill.value), extra=(*fill.writes, *fill.slices))
         if isinstance(result, Affine) and not effects.private_write(node):
             result = Refusal("it writes a tensor in place that is read elsewhere", remedy="use the out-of-place form")
         if isinstance(result, Affine) and written and _reads_any(result.op, written):
@@ -90,7 +110,28 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
     for node in graph.nodes:
         if node.op == "call_module" and node.target in captured.whole:
             refused[node] = stays(str(node.target), captured.whole[node.target])
-    return View(captured, affine, refused, constants, effects, facts, shapes, calls)
+    view = View(captured, affine, refused, constants, effects, facts, shapes, calls)
+    return _with_carries(view, shapings)
+
+
+def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
+    """The view with those carries among its affine nodes that lie between a factor and a layer."""
+    graph = view.captured.graph
+    if not any(a.op.kind == "scale" for a in view.affine.values()):
+        return view
+    dims = Dims(graph, view.calls, shapings, view.facts, view.captured.modules)
+    steps = dict[Node, Affine]()
+    for node in graph.nodes:
+        if node in view.constants:
+            continue
+        call = shapings.get(node) or view.calls.get(node)
+        affine = view.affine.get(node) or read_carry(node, call, dims, view.facts)
+        if affine is not None and affine.kind == "unary":
+            steps[node] = affine
+    passage = find_passage(steps, view.readers)
+    chosen = view.affine.keys() | passage.carries
+    affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
+    return replace(view, affine=affine_nodes, passage=passage)
 
 
 def _resolved(args: dict[str, Any], constants: Mapping[Node, Any]) -> dict[str, Any]:
