@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .call import Call
 from .constants import Apply, Attr
-from .dialect import Call
 from .fact import Fact
 from .record import IDENTITY, Operator
 

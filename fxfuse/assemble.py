@@ -17,19 +17,30 @@ STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.D
 
 
 @dataclass(frozen=True)
-class KeepHooks:
-    """Gives a GraphModule the hooks of the model; its deepcopy would lose them."""
+class Keep:
+    """Gives a GraphModule hooks or plain attributes of the model; its deepcopy would lose them."""
 
-    hooks: dict[str, Any]
+    attributes: dict[str, Any]
 
     def __call__(self, module: GraphModule) -> None:
-        for name, hooks in self.hooks.items():
-            setattr(module, name, copy.copy(hooks))
+        for name, value in self.attributes.items():
+            setattr(module, name, copy.copy(value))
 
 
-def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module]) -> GraphModule:
-    """The GraphModule of `graph`: `layers` as they are, every other module and tensor copied."""
-    root, memo = captured.root, dict[int, Any]()
+def keep(module: GraphModule, attributes: dict[str, Any]) -> None:
+    """Set `attributes` on a GraphModule so that copies of it have them too."""
+    if attributes:
+        kept = Keep(attributes)
+        kept(module)
+        module._register_deepcopy_hook(kept)
+
+
+def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], memo: dict[int, Any]) -> GraphModule:
+    """The GraphModule of `graph`: `layers` as they are, every other module and tensor copied.
+
+    `memo` (by id) holds what was copied or replaced before, as for deepcopy.
+    """
+    root = captured.root
     state: dict[str, Any] = {}
     hidden: list[str] = []
     for node in graph.nodes:
@@ -56,11 +67,7 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module]) 
         owner, _, name = target.rpartition(".")
         result.get_submodule(owner)._non_persistent_buffers_set.add(name)
     flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
-    hooks = {name: getattr(root, name) for name in (*HOOKS, *flags) if getattr(root, name, None)}
-    if hooks:
-        keep = KeepHooks(hooks)
-        keep(result)
-        result._register_deepcopy_hook(keep)
+    keep(result, {name: getattr(root, name) for name in (*HOOKS, *flags) if getattr(root, name, None)})
     return result
 
 

@@ -6,23 +6,25 @@ and one slice assignment a side. Together they are one padding with a per-channe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
+from .aten import views
+from .call import Call
 from .constants import Apply, Attr
-from .dialect import Call
 from .fact import Fact
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """What a padding is filled with, and the slice assignments that do it."""
+    """What a padding is filled with, and the slice assignments that do it with the slices they write to."""
 
     value: Any
     writes: tuple[Node, ...]
+    slices: tuple[Node, ...] = ()
 
 
 def border_fills(
@@ -37,9 +39,10 @@ def border_fills(
     for pad, writes in written.items():
         padding = calls.get(pad)
         if padding is not None and padding.op == "pad":
-            value = _filled(pad, padding, writes, calls, facts, position)
+            slices = dict.fromkeys(v for w in writes for v in views(w.args[0]))
+            value = _filled(pad, padding, writes, slices, calls, facts, position)
             if value is not None:
-                fills[pad] = Fill(value, tuple(writes))
+                fills[pad] = Fill(value, tuple(writes), tuple(slices))
     return fills
 
 
@@ -47,6 +50,7 @@ def _filled(
     pad: Node,
     call: Call,
     writes: list[Node],
+    slices: Collection[Node],
     calls: Mapping[Node, Call],
     facts: Mapping[Node, Fact],
     position: Mapping[Node, int],
@@ -58,15 +62,18 @@ def _filled(
     spatial = len(pairs)
     if facts[pad].rank != spatial + 2 or not all(isinstance(p, int) and p >= 0 for pair in pairs for p in pair):
         return None
-    values = {calls[w].args["value"] for w in writes if isinstance(calls[w].args["value"], (Attr, Apply, int, float))}
-    if len(values) != 1 or len(writes) != len([u for w in writes for u in w.all_input_nodes if u is pad]):
+    values = [calls[w].args["value"] for w in writes]
+    if not all(isinstance(v, (Attr, Apply, int, float)) for v in values) or len(set(values)) != 1:
         return None
-    value = values.pop()
+    value = values[0]
     sides = {s for w in writes if (s := _side(calls[w].args["index"], pairs)) is not None}
     wanted = {(d, end) for d, pair in enumerate(pairs) for end in (0, 1) if pair[end]}
     if sides != wanted or len(writes) != len(wanted) or not _per_channel(value, spatial):
         return None
-    readers = [position[u] for u in pad.users if u not in writes]
+    own = {*writes, *slices}
+    if any(u not in own for s in slices for u in s.users):
+        return None
+    readers = [position[u] for u in pad.users if u not in own]
     if readers and min(readers) < max(position[w] for w in writes):
         return None
     return value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from .guards import guarded
-from .refusal import CaptureError
+from .refusal import CaptureError, Refusal
 from .tracer import CHECKED
 from .tracer import HOOKS as HOOKS
 from .tracer import FuseTracer as FuseTracer
@@ -35,6 +35,7 @@ REMEDY = (
 class Captured:
     """One graph, the module it reads its state from, and tensors that only the trace knows.
 
+    `general` tells that the graph holds for every batch and size the model takes.
     `whole` are the submodules that stay one call each, by path, with what kept them from being traced.
     """
 
@@ -42,6 +43,7 @@ class Captured:
     root: nn.Module
     constants: dict[str, Tensor] = field(default_factory=dict)
     how: str = "symbolic"
+    general: bool = True
     whole: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -50,19 +52,22 @@ class Captured:
         return dict(self.root.named_modules(remove_duplicate=False))
 
 
-def capture(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Captured:
+def capture(
+    model: nn.Module, inputs: tuple[Any, ...] | None = None, *, given: int | None = None, nested: bool = False
+) -> Captured:
     """Trace `model` with torch.fx; a submodule that does not trace stays whole.
 
     Parameters of the forward with a default are taken to have it, unless `inputs` set them or the graph
-    is the same for every value; the graph checks that when it runs.
+    is the same for every value; the graph checks that when it runs. A `nested` module is called by code
+    that is not known to leave them alone: unless the calls are known to give `given` arguments and no
+    more, its graph has to be the same for every value.
 
     Raises:
         CaptureError: the model itself does not trace; the message names the line that stopped it.
     """
     _refuse_more_than_forward(model)
-    given = len(inputs or ())
-    while given and not isinstance((inputs or ())[given - 1], Tensor):
-        given -= 1
+    known = not nested or given is not None
+    given = _given(inputs) if given is None else given
     error: Exception | None = None
     for proxy_buffers in (True, False):
         try:
@@ -71,16 +76,56 @@ def capture(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Captured
             error = error or e
             continue
         names = {str(n.target) for n in fixed.graph.nodes if n.op == "placeholder" and CHECKED in n.meta}
-        if names:
-            try:
-                general = _trace(model, FuseTracer(proxy_buffers))
-            except Exception:  # it traces with its defaults alone
-                return fixed
-            if _signature(general.graph, names) == _signature(fixed.graph, names):
-                return general
-        return fixed
+        general = _general(model, fixed, proxy_buffers, names) if names else fixed
+        if general is None and not known:
+            text = f"its graph depends on {', '.join(sorted(names))}, which the call may set"
+            raise CaptureError(f"{type(model).__name__} cannot be traced: {text}", text)
+        return general or fixed
     assert error is not None
-    raise CaptureError(f"{type(model).__name__} cannot be traced{_where(error)}; {REMEDY}") from error
+    place = _where(error)
+    text = f"{type(model).__name__} cannot be traced{place}; {REMEDY}"
+    raise CaptureError(text, place.removeprefix(" at ").lstrip(": ")) from error
+
+
+def _given(inputs: tuple[Any, ...] | None) -> int:
+    """How many leading arguments example inputs set, those after the last tensor left out."""
+    given = len(inputs or ())
+    while given and not isinstance((inputs or ())[given - 1], Tensor):
+        given -= 1
+    return given
+
+
+def _general(model: nn.Module, fixed: Captured, proxy_buffers: bool, names: set[str]) -> Captured | None:
+    """The graph with the parameters `names` open, where that changes nothing in it."""
+    try:
+        general = _trace(model, FuseTracer(proxy_buffers))
+    except Exception:  # it traces with its defaults alone
+        return None
+    same = _signature(general.graph, names) == _signature(fixed.graph, names)
+    return general if same else None
+
+
+def stays(path: str, place: str) -> Refusal:
+    """What the report says of a module whose forward stays Python; `place` is the line that stopped the trace."""
+    return Refusal(
+        "the module stays Python: its forward cannot be traced",
+        where=path,
+        detail=place,
+        remedy="make its forward independent of its input's data and size, and free of side effects",
+    )
+
+
+def unusable(model: nn.Module) -> None:
+    """Raises CaptureError for a model that no way of capturing can do anything about yet."""
+    name = type(model).__name__
+    if model.__dict__.get("_compiled_call_impl") is not None:
+        raise CaptureError(f"{name} was compiled in place; optimize it before calling .compile()")
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise CaptureError(f"{name} has lazy parameters that no input has shaped yet; run it once first")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise CaptureError('the model was compiled; optimize it before torch.compile, or use backend="fxfuse"')
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise CaptureError("a global module hook is registered, which fused layers would skip; remove it first")
 
 
 def _refuse_more_than_forward(model: nn.Module) -> None:
@@ -91,15 +136,9 @@ def _refuse_more_than_forward(model: nn.Module) -> None:
         raise CaptureError(
             f"{name} has a forward set on the instance, which tracing would ignore; define it on the class"
         )
-    if model.__dict__.get("_compiled_call_impl") is not None:
-        raise CaptureError(f"{name} was compiled in place; optimize it before calling .compile()")
-    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
-        raise CaptureError(f"{name} has lazy parameters that no input has shaped yet; run it once first")
     calls = type(model)._call_impl is not nn.Module._call_impl
     if calls or not (type(model).__call__ is nn.Module.__call__ or isinstance(model, GraphModule)):
         raise CaptureError(f"{name} has a __call__ of its own, which tracing would ignore; put it into forward")
-    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
-        raise CaptureError("a global module hook is registered, which fused layers would skip; remove it first")
 
 
 def _trace(model: nn.Module, tracer: FuseTracer) -> Captured:

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from .arguments import Affine, layout
-from .dialect import Call
+from .call import Call
 from .dims import Dims, Shape, kept_axes, order_of
 from .fact import Fact
 from .record import Operator

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .cost import COSTS
+from .hierarchy import WAYS
 from .optimize import optimize, plan, report
 from .pattern import Example, Pattern, known
 from .refusal import CaptureError, VerificationError
@@ -106,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
         help="use these alone; NAME! merges whatever it costs; --patterns=-NAME leaves one out; commas separate too",
     )  # fmt: skip
     sub.add_argument("--cost", default="macs", metavar="NAME", help=f"{', '.join(COSTS)}; default: macs")
+    sub.add_argument(
+        "--capture",
+        metavar="WAY",
+        help=f"{', '.join(WAYS)}; default: the first that works (export needs --input)",
+    )
 
     sub = commands.add_parser("patterns", help="list the patterns and the law of each")
     sub.set_defaults(command=_patterns)
@@ -133,9 +139,10 @@ def _report(args: argparse.Namespace) -> str:
         inputs = tuple(_random(shape, model) for shape in shapes) or None
         try:
             if args.dry_run:
-                result = plan(model, inputs, patterns=patterns, cost=args.cost)
+                result = plan(model, inputs, patterns=patterns, cost=args.cost, capture=args.capture)
             else:
-                fused = optimize(model, inputs, patterns=patterns, cost=args.cost, verify=args.verify)
+                how = {"patterns": patterns, "cost": args.cost, "capture": args.capture}
+                fused = optimize(model, inputs, verify=args.verify, **how)
                 result = report(fused)
                 if args.time and inputs is not None:
                     result = replace(result, timing=compare(model, fused, inputs))

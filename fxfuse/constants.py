@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .names import operator_named
+
 
 @dataclass(frozen=True, slots=True)
 class Attr:
@@ -27,7 +29,7 @@ class Attr:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """`function(*args, **kwargs)`, or the tensor method `function` when it is a string."""
+    """`function(*args, **kwargs)`; a string is the name of a tensor method, or of an operator (`aten::add.Tensor`)."""
 
     function: Callable[..., Any] | str
     args: tuple[Any, ...]
@@ -67,7 +69,8 @@ def evaluate(const: Any, values: Values) -> Any:
         args = [evaluate(a, values) for a in const.args]
         kwargs = {k: evaluate(v, values) for k, v in const.kwargs}
         if isinstance(const.function, str):
-            return getattr(args[0], const.function)(*args[1:], **kwargs)
+            operator = operator_named(const.function) if "::" in const.function else None
+            return operator(*args, **kwargs) if operator else getattr(args[0], const.function)(*args[1:], **kwargs)
         return const.function(*args, **kwargs)
     return const
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.fx import Graph, Node
 
+from .layers import CONVS, NORMS
+from .names import plain
 from .plan import Fuse, Plan, fuses
 from .record import Operator
 from .regions import Join, Step, exit_of
@@ -27,11 +29,27 @@ def totals(graph: Graph, modules: Mapping[str, nn.Module], params: int, macs: in
 def _kind(node: Node, modules: Mapping[str, nn.Module]) -> str:
     """One name for all spellings: conv for nn.Conv2d, F.conv2d and torch.conv1d alike."""
     if node.op == "call_module":
-        name = type(modules[str(node.target)]).__name__
-    else:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        return kind_of(modules[str(node.target)])
+    return _plain(plain(node.target) or str(node.target))
+
+
+def kind_of(module: nn.Module) -> str:
+    """The kind of a module call, under the same names as the functions."""
+    return _plain(type(module).__name__)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of those that the totals of the report name."""
+    return isinstance(module, (*CONVS, nn.Linear, *NORMS))
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, tuple(NORMS))
+
+
+def _plain(name: str) -> str:
     flat = name.strip("_").lower()
-    if flat.startswith(("batchnorm", "batch_norm")):
+    if flat.startswith(("batchnorm", "batch_norm", "native_batch_norm")):
         return "batch_norm"
     return "conv" if flat.startswith("conv") else _ALIASES.get(flat, flat)
 

@@ -1,8 +1,8 @@
 """Every way PyTorch spells an operation, read into one canonical `Call`.
 
-`nn.Conv2d(...)(x)`, `F.conv2d(x, w)` and `torch.conv2d(x, w)` are the same call "conv" with the
-same argument names; `x + y`, `x.add(y)`, `torch.add(x, y)` and `x += y` are "add". What a module
-call does beyond its forward (hooks, another forward) makes it no call at all but a refusal.
+`nn.Conv2d(...)(x)`, `F.conv2d(x, w)`, `torch.conv2d(x, w)` and `aten.conv2d(x, w)` are the same call
+"conv" with the same argument names; `x + y`, `x.add(y)`, `torch.add(x, y)` and `x += y` are "add".
+What a module call does beyond its forward (hooks, another forward) makes it no call at all but a refusal.
 """
 
 from __future__ import annotations
@@ -16,22 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from . import aten
+from .call import Call
 from .constants import Attr
 from .layers import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, layer_type, replaced_forward
+from .names import is_aten, plain
 from .refusal import Refusal
 from .tracer import has_hooks
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One operation: canonical name, arguments by name, spatial dims where the name fixes them."""
-
-    op: str
-    args: dict[str, Any]
-    spatial: int | None = None
-    path: str = ""
-    inplace: bool = False
-    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +123,23 @@ ELEMENTWISE_MODULES = (
 )  # fmt: skip
 
 
+def elementwise(node: Node) -> bool:
+    """Whether a node calls a function, an ATen operator or a method that acts on each element alone."""
+    if is_aten(node) or node.op == "call_method":
+        return plain(node.target) in ELEMENTWISE_METHODS
+    return node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS
+
+
 def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
     """The canonical call behind `node`, or None for what fxfuse has no name for.
 
     `attr(path)` gives the constant for a module's parameter or buffer.
     """
+    if is_aten(node):
+        return aten.read(node, modules)
     if node.op == "call_function":
+        if node.target is operator.getitem and (output := aten.read_output(node, modules)) is not None:
+            return output
         signature = FUNCTIONS.get(node.target)
         return signature.bind(node.args, dict(node.kwargs)) if signature else None
     if node.op == "call_method":

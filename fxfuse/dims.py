@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.fx import Graph, Node
 
-from .dialect import Call
+from .call import Call
 from .fact import Fact
 from .shaping import elementwise, ints_of
 

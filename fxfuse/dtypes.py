@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from .call import SEVERAL, Call
 from .constants import Apply, Attr
-from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, Call
+from .dialect import ELEMENTWISE_METHODS, elementwise
+from .fact import known_dtype
+from .names import is_aten, plain
 
 _CASTS = {"float": torch.float32, "half": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
 _SAME = {"batch_norm", "avg_pool", "pad", "dropout", "identity", "neg", "flip", "narrow", "index_select"}
@@ -35,7 +38,7 @@ def find_dtypes(
     known: Mapping[Node, torch.dtype],
 ) -> dict[Node, torch.dtype]:
     """Dtypes that hold for every input the model accepts, and `known` ones (from example inputs)."""
-    found = dict(known)
+    found = {n: d for n in graph.nodes if (d := known_dtype(n)) is not None} | dict(known)
     nodes = list(graph.nodes)
     for order in (nodes, nodes[::-1], nodes):
         for node in order:
@@ -66,7 +69,7 @@ def _relate(node: Node, call: Call | None, found: dict[Node, torch.dtype], modul
         dtype = found.get(source, found.get(node))
         if dtype is not None:
             found[source] = found[node] = dtype
-    elif isinstance(source, Node) and call.op in ("chunk", "split") and source in found:
+    elif isinstance(source, Node) and call.op in SEVERAL and source in found:
         found[node] = found[source]
 
 
@@ -109,11 +112,11 @@ def _relate_other(node: Node, found: dict[Node, torch.dtype], modules: Mapping[s
     if node.op == "call_method" and str(node.target) in _CASTS:
         found[node] = _CASTS[str(node.target)]
         return
-    keeps = node.op == "call_method" and str(node.target) in _KEPT_METHODS
-    keeps |= node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS
+    keeps = (node.op == "call_method" or is_aten(node)) and plain(node.target) in _KEPT_METHODS
+    keeps |= node.op == "call_function" and elementwise(node)
     if node.op == "call_module":
         keeps = type(modules[str(node.target)]).__module__ in _LAYER_MODULES
     dtype = found.get(source)
-    plain = node.all_input_nodes == [source] and "dtype" not in node.kwargs
-    if keeps and plain and dtype is not None and dtype.is_floating_point:
+    same = not any(isinstance(v, torch.dtype) for v in (*node.args, *node.kwargs.values()))
+    if keeps and same and node.all_input_nodes == [source] and dtype is not None and dtype.is_floating_point:
         found[node] = dtype

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from networkx.utils import UnionFind
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from .dialect import Call
+from . import schema
+from .call import Call
 from .layers import layer_type
+from .names import plain
 from .tracer import has_hooks
 
 _INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
@@ -40,6 +43,10 @@ _FRESH_MODULES = (
 )  # fmt: skip
 
 
+_ASKED = {f"sym_{n}": "shape" for n in ("size", "numel", "stride", "storage_offset")}
+_ASKED |= {"size": "shape", "numel": "shape", "dim": "rank", "is_floating_point": "dtype", "is_complex": "dtype"}
+
+
 class Effects:
     """Alias classes and writes of one graph. Positions count nodes in execution order."""
 
@@ -52,8 +59,7 @@ class Effects:
             targets = _written(node, calls.get(node), modules)
             if targets:
                 self.writes[node] = targets
-            fresh = bool(targets) or _fresh(node, calls.get(node), modules)
-            for source in targets if fresh else node.all_input_nodes:
+            for source in (*targets, *_shared(node, targets, calls.get(node), modules)):
                 self.classes.union(node, source)
         self._members: dict[Node, list[Node]] = {}
         if self.writes:
@@ -74,6 +80,11 @@ class Effects:
             for n in self._members[self.classes[t]]
             if n.op == "get_attr"
         }
+
+    def written(self) -> set[Node]:
+        """Every value that the forward may change in place, or through a view of it."""
+        roots = {self.classes[t] for targets in self.writes.values() for t in targets}
+        return {m for root in roots for m in self._members[root]}
 
     def private_write(self, writer: Node) -> bool:
         """Whether nothing but the writer's result can see that `writer` wrote."""
@@ -99,6 +110,10 @@ class Effects:
 
 def _written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> list[Node]:
     """The tensors that `node` may write."""
+    if isinstance(node.target, OpOverload):
+        return schema.written(node)
+    if call is not None and call.op == "batch_norm" and call.args["training"] is not False:
+        return [v for n in ("running_mean", "running_var") if isinstance(v := call.args[n], Node)]
     out = node.kwargs.get("out")
     if out is not None:
         return [n for n in node.all_input_nodes if n is out or (isinstance(out, (tuple, list)) and n in out)]
@@ -124,7 +139,7 @@ def _writes_first(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return False
     if node.target in _INPLACE_OPERATORS:
         return True
-    name = getattr(node.target, "__name__", "")
+    name = plain(node.target)
     if name.endswith("_") and not name.endswith("__"):
         return True
     return bool(_inplace_argument(node))
@@ -143,6 +158,13 @@ def _inplace_argument(node: Node) -> Any:
     return node.args[index] if index < len(node.args) else False
 
 
+def _shared(node: Node, targets: list[Node], call: Call | None, modules: Mapping[str, nn.Module]) -> list[Node]:
+    """The arguments whose memory the result may share, beside those it writes."""
+    if isinstance(node.target, OpOverload):
+        return schema.shared(node)
+    return [] if targets or _fresh(node, call, modules) else node.all_input_nodes
+
+
 def _fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the result certainly shares no memory with any argument."""
     if node.op in ("placeholder", "get_attr", "output"):
@@ -152,7 +174,7 @@ def _fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> b
     if node.op == "call_module":
         module = modules[str(node.target)]
         return type(module) in _FRESH_MODULES and not has_hooks(module)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = plain(node.target)
     if name == "getattr":
         return len(node.args) > 1 and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
     return name in _FRESH_NAMES
@@ -160,6 +182,8 @@ def _fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> b
 
 def shape_reader(node: Node) -> str | None:
     """What a node asks of its input when it reads no data: "rank", "dtype", "shape" or None."""
+    if isinstance(node.target, OpOverload):
+        return _ASKED.get(plain(node.target))
     if node.op == "call_function" and node.target is getattr:
         asked = {"ndim": "rank", "dtype": "dtype", "device": "dtype", "is_cuda": "dtype", "shape": "shape"}
         return asked.get(str(node.args[1]))
@@ -181,7 +205,7 @@ def asks_size(user: Node, node: Node) -> bool:
 
 def rank_check(node: Node) -> tuple[Node, int] | None:
     """(tensor, rank) of `assert x.ndim == rank`, also spelled `x.dim() == rank`; None for any other node."""
-    if node.op != "call_function" or getattr(node.target, "__name__", "") != "_assert":
+    if node.op != "call_function" or plain(node.target) != "_assert":
         return None
     condition = node.args[0]
     if not isinstance(condition, Node) or condition.target is not operator.eq:

@@ -19,7 +19,7 @@ def left_over(view: View, patterns: Selection, joined: Set[Node], fused: Set[Nod
         if affine.kind != "unary" and node not in joined:
             notes += _several_sources(view, node, affine)
         elif affine.op.law == "batch_norm" and node not in fused:
-            notes += _lonely_norm(view, patterns, node, affine)
+            notes += _lonely_norm(view, patterns, node, affine, fused)
     return notes
 
 
@@ -34,19 +34,23 @@ def _several_sources(view: View, node: Node, affine: Affine) -> list[Refusal]:
     return [Refusal(reason, where=paths[0], detail=f"at {node.name}")]
 
 
-def _lonely_norm(view: View, patterns: Selection, node: Node, affine: Affine) -> list[Refusal]:
+def _lonely_norm(view: View, patterns: Selection, node: Node, affine: Affine, fused: Set[Node]) -> list[Refusal]:
     """A batch norm that stayed because of what comes before it."""
-    source = affine.inputs[0][0]
+    source, reader = affine.inputs[0][0], node
     before, readers = view.affine.get(source), view.data_users(source)
-    if before is None or before.kind != "unary":
+    while before is not None and before.kind == "unary" and not before.op.weighted and readers == [reader]:
+        source, reader = before.inputs[0][0], source
+        before, readers = view.affine.get(source), view.data_users(source)
+    absorbs = before is not None and (source in fused if before.kind != "unary" else before.op.weighted)
+    if before is None or not absorbs:
         reason = "batch_norm follows no convolution or linear layer of constant weight that could absorb it"
         return [Refusal(reason, where=affine.op.path, detail=f"after {source.name}")]
-    if not before.op.weighted or readers == [node]:
+    if readers == [reader]:
         return []
-    both = patterns.combine("chain", before.op, affine.op)
+    both = patterns.combine("chain", before.op, affine.op) if before.kind == "unary" else before.op
     if isinstance(both, Refusal):
         return [both.at(affine.op.path)]
-    others = ", ".join(u.name for u in readers if u is not node)
+    others = ", ".join(u.name for u in readers if u is not reader)
     return [
         Refusal(
             "the output of the layer before batch_norm is read elsewhere too",

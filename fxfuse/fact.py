@@ -62,6 +62,22 @@ class Fact:
         return dim - self.rank if self.rank is not None else None
 
 
+KNOWN = "fxfuse_known"  # in the meta of a node: its sizes, None where they vary, and its dtype, for every input
+
+
+def known(node: Node) -> Fact:
+    """What the capture itself is certain of; nothing unless it says so."""
+    if KNOWN not in node.meta:
+        return Fact()
+    sizes = node.meta[KNOWN][0]
+    return Fact(len(sizes), len(sizes), {i - len(sizes): n for i, n in enumerate(sizes) if n is not None})
+
+
+def known_dtype(node: Node) -> torch.dtype | None:
+    dtype: torch.dtype | None = node.meta.get(KNOWN, (None, None))[1]
+    return dtype
+
+
 def same_rank(a: Fact, b: Fact) -> None:
     a.low = b.low = max(a.low, b.low)
     a.high = b.high = min(a.high, b.high)

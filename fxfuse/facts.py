@@ -14,11 +14,13 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from . import ranks
-from .dialect import Call
+from .call import Call
 from .dtypes import find_dtypes
 from .effects import rank_check
-from .fact import Fact, fact_of, of_shape, same_rank, same_shape
-from .shaping import elementwise, plain
+from .fact import Fact, fact_of, known, of_shape, same_rank, same_shape
+from .names import plain
+from .shaping import elementwise
+from .shaping import plain as plain_module
 
 _POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
 _POOL_MODULES = {getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")}
@@ -48,7 +50,7 @@ def _propagate(
     modules: Mapping[str, nn.Module],
     shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
-    facts = {n: Fact() for n in graph.nodes}
+    facts = {n: known(n) for n in graph.nodes}
     for node, shape in shapes.items():
         facts[node] = of_shape(tuple(shape))
     nodes = list(graph.nodes)
@@ -198,10 +200,10 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
         same_shape(facts[source], out)
     elif node.op == "call_module":
         module = modules[str(node.target)]
-        if type(module) in _POOL_MODULES and plain(module) and not getattr(module, "return_indices", False):
+        if type(module) in _POOL_MODULES and plain_module(module) and not getattr(module, "return_indices", False):
             _spatial(facts[source], out, _POOL_MODULES[type(module)], channels=True)
     elif node.op == "call_function":
-        if (name := getattr(node.target, "__name__", "")) in _POOL_NAMES:
+        if (name := plain(node.target)) in _POOL_NAMES:
             _spatial(facts[source], out, _POOL_NAMES[name], channels=True)
         elif check := rank_check(node):
             facts[check[0]].at_least(check[1])

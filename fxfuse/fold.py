@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from . import schema
 from .constants import Apply, Attr, freeze
 from .effects import Effects
+from .names import operator_name, plain
 
 _IMPURE = re.compile(
     r"rand|dropout|bernoulli|normal(?!ize)|multinomial|poisson|exponential|uniform|cauchy|geometric|empty|^item$|numpy|"
@@ -29,18 +32,22 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
     No weight is read: shapes and dtypes are found on stand-ins. What is random, written in place
     or needs data to have a shape is no constant.
     """
-    written = effects.written_attributes() if effects.writes else set()
+    written = effects.written() if effects.writes else set()
+    paths = {str(n.target) for n in written if n.op == "get_attr"}
     found: dict[Node, Any] = {}
     samples: dict[Node, Any] = {}
     for node in graph.nodes:
+        if node in written:
+            continue
         if node.op == "get_attr":
             path = str(node.target)
             tensor = extra[path] if path in extra else tensor_at(root, path)
-            if tensor is not None and path not in written:
+            if tensor is not None and path not in paths:
                 found[node] = Attr(path, tuple(tensor.shape), tensor.dtype)
         elif node.op in ("call_function", "call_method"):
             inputs = node.all_input_nodes
-            if inputs and all(n in found for n in inputs) and _pure(node, effects):
+            factory = not inputs and isinstance(node.target, OpOverload)  # torch.zeros and the like
+            if (inputs or factory) and all(n in found for n in inputs) and _pure(node):
                 value = _apply(node, found, samples)
                 if value is not None:
                     found[node] = value
@@ -52,18 +59,22 @@ def tensor_at(root: nn.Module, path: str) -> Tensor | None:
     value: Any = root
     for name in path.split("."):
         value = getattr(value, name, None)
-    plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or (
+    ordinary = type(value) in (Tensor, nn.Parameter, nn.Buffer) or (
         isinstance(value, Tensor) and type(value).__torch_function__ is torch._C._disabled_torch_function_impl
     )
-    return value if plain else None
+    return value if ordinary else None
 
 
-def _pure(node: Node, effects: Effects) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node in effects.writes or _IMPURE.search(name):
+def _pure(node: Node) -> bool:
+    name = plain(node.target)
+    if _IMPURE.search(name):
         return False
     if node.target is getattr:
         return node.args[1] in _ASKED
+    if isinstance(node.target, OpOverload):
+        values = schema.bound(node)
+        statistics = values is None or any(values.get(n) is not None for n in ("running_mean", "running_var"))
+        return schema.pure(node) and not statistics
     if name == "batch_norm":  # weight standardisation calls it without running statistics
         return len(node.args) > 2 and node.args[1] is None and node.args[2] is None
     module = getattr(node.target, "__module__", None) or "torch"
@@ -78,8 +89,11 @@ def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> A
     for source in node.all_input_nodes:
         if source not in samples:
             samples[source] = _sample(found[source])
-    args = torch.fx.map_arg(node.args, lambda n: samples[n])
-    kwargs = torch.fx.map_arg(node.kwargs, lambda n: samples[n])
+    large = any(_is_meta(samples[n]) for n in node.all_input_nodes)  # operands have to be on one device
+    args = torch.fx.map_arg(node.args, lambda n: _moved(samples[n], large))
+    kwargs = torch.fx.map_arg(node.kwargs, lambda n: _moved(samples[n], large))
+    if "device" in kwargs and not node.all_input_nodes:
+        kwargs = {**kwargs, "device": "meta"}  # only its shape is asked for here
     try:
         if isinstance(function, str):
             result = getattr(args[0], function)(*args[1:], **kwargs)
@@ -90,10 +104,21 @@ def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> A
         hash((frozen, named))
     except Exception:  # whatever cannot run without data is simply no constant
         return None
-    samples[node] = result
     if isinstance(result, Tensor):
-        return Apply(function, frozen, named, tuple(result.shape), result.dtype)
+        function = operator_name(function) if isinstance(function, OpOverload) else function  # which can be pickled
+        found_here = Apply(function, frozen, named, tuple(result.shape), result.dtype)
+        samples[node] = result if node.all_input_nodes else _sample(found_here)
+        return found_here
+    samples[node] = result
     return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None
+
+
+def _is_meta(sample: Any) -> bool:
+    return isinstance(sample, Tensor) and sample.is_meta
+
+
+def _moved(sample: Any, large: bool) -> Any:
+    return sample.to("meta") if large and isinstance(sample, Tensor) else sample
 
 
 def _is_mask(const: Any) -> bool:

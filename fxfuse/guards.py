@@ -35,7 +35,7 @@ def guarded(model: nn.Module) -> Iterator[dict[str, Any]]:
         CaptureError: the forward drew random numbers, or changed a list or dict that a module keeps.
     """
     created: dict[str, Any] = {}
-    with restored(model, created) as changed, _attributes(model), _RealTensors(), torch.enable_grad():
+    with restored(model, created) as changed, attributes(model), _RealTensors(), torch.enable_grad():
         yield created
     if changed:
         raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")
@@ -73,8 +73,8 @@ def _containers(module: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _attributes(model: nn.Module) -> Iterator[None]:
-    """Stop `self.name = value` on the modules of `model`, unless it changes nothing."""
+def attributes(model: nn.Module, buffers: bool = False) -> Iterator[None]:
+    """Stop `self.name = value` on the modules of `model`, unless it changes nothing or, if asked for, sets a buffer."""
     known = {id(m): path for path, m in model.named_modules()}
     original = nn.Module.__setattr__
 
@@ -84,6 +84,9 @@ def _attributes(model: nn.Module) -> Iterator[None]:
             original(module, name, value)
             return
         path = f"{known[id(module)]}.{name}".lstrip(".")
+        if buffers and isinstance(value, Tensor) and name in module._buffers:
+            original(module, name, value)
+            return
         if not _is_itself(value, path) and not _same(module.__dict__.get(name, _same), value):
             raise CaptureError(f"the forward sets self.{name}, which a graph does not repeat")
 

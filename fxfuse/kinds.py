@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import builtins
+import math
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import Node, Proxy
+
+from .names import plain
 
 _ASKS_SIZE = {"size", "dim", "ndimension", "numel", "stride", "item", "nelement", "__len__"}
+_ASKS_ONE = _ASKS_SIZE - {"stride", "item"}
 _IS_SIZE = {"shape", "ndim", "nbytes", "itemsize"}
 _SPLITS = {"chunk", "split", "unbind", "tensor_split"}
 _TENSOR_NAMES = set(
@@ -21,24 +29,25 @@ _LAYERS = "conv batchnorm linear normalization instancenorm padding dropout upsa
 _TENSOR_MODULES = tuple(f"torch.nn.modules.{name}" for name in _LAYERS)
 _ARITHMETIC = {getattr(operator, n) for n in "add sub mul truediv floordiv mod pow neg matmul and_ or_ xor".split()}
 _ARITHMETIC |= {getattr(operator, n) for n in "iadd isub imul itruediv".split()}
+_KEEPS_INT = {getattr(operator, n) for n in "add sub mul floordiv mod neg".split()} | {builtins.max, builtins.min}
 
 
 def is_number(node: Any) -> bool:
     """Whether a node gives a Python number or tuple, so that `+=` makes a new one and writes nothing."""
     if not isinstance(node, Node):
         return isinstance(node, (int, float, str, slice, tuple, list))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = plain(node.target)
     if node.op == "call_method":
         return name in _ASKS_SIZE | _SPLITS
     if node.op != "call_function":
         return False
     if node.target is getattr:
         return node.args[1] in _IS_SIZE
-    if name in _SPLITS:
+    if name in _SPLITS or name == "sym_size":
         return True
     if node.target is operator.getitem:
         source = node.args[0]
-        pieces = isinstance(source, Node) and getattr(source.target, "__name__", source.target) in _SPLITS
+        pieces = isinstance(source, Node) and plain(source.target) in _SPLITS
         return is_number(source) and not pieces
     module = getattr(node.target, "__module__", "")
     return module in ("_operator", "math", "builtins") and all(is_number(a) for a in node.args)
@@ -58,5 +67,50 @@ def is_tensor(node: Node, root: nn.Module) -> bool:
         return place in _TENSOR_MODULES
     if node.target in _ARITHMETIC:
         return any(is_tensor(n, root) for n in node.all_input_nodes)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = plain(node.target)
     return node.op in ("call_function", "call_method") and name in _TENSOR_NAMES
+
+
+def number_type(node: Node) -> type | None:
+    """The Python type of a size, or of arithmetic on sizes, where the operations fix it."""
+    if node.op == "call_method" and node.target in _ASKS_ONE:
+        return int if node.target != "size" or len(node.args) + len(node.kwargs) > 1 else torch.Size
+    if node.op != "call_function":
+        return None
+    if node.target is getattr and node.args[1] in _IS_SIZE:
+        return torch.Size if node.args[1] == "shape" else int
+    if node.target in (math.ceil, math.floor):
+        return int
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        cut = isinstance(node.args[1], slice)
+        return (torch.Size if cut else int) if number_type(node.args[0]) is torch.Size else None
+    kinds = {number_type(a) if isinstance(a, Node) else type(a) for a in node.args}
+    if node.target is operator.truediv and kinds <= {int, float}:
+        return float
+    return int if node.target in _KEEPS_INT and kinds == {int} else None
+
+
+@contextmanager
+def extremes_recorded() -> Iterator[None]:
+    """Meanwhile `max` and `min` of traced numbers become nodes, where comparing them would stop the trace.
+
+    "Same" padding is `max(..., 0)` of an expression in the input's size.
+    """
+    originals = {name: getattr(builtins, name) for name in ("max", "min")}
+
+    def recording(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            proxy = next((a for a in args if issubclass(type(a), Proxy)), None)
+            if len(args) < 2 or proxy is None or kwargs:
+                return original(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", original, args, {})
+
+        return call
+
+    for name, original in originals.items():
+        setattr(builtins, name, recording(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(builtins, name, original)

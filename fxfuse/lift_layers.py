@@ -19,14 +19,16 @@ from .arguments import (
     tensor,
     unary,
 )
+from .call import Call
 from .constants import Apply, Attr
-from .dialect import Call
 from .record import IDENTITY, Operator, pointwise
 from .refusal import Refusal
 
 
-def _conv(call: Call, facts: Facts, node: Node) -> Affine:
+def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     spatial = call.spatial or 0
+    if isinstance(call.args["weight"], Node):
+        return _computed_weight(call)
     weight, bias = tensor(call, "weight", spatial + 2), optional(call, "bias")
     groups, transposed = call.args["groups"], call.op == "conv_transpose"
     if not isinstance(groups, int) or 0 in weight.shape:
@@ -68,7 +70,16 @@ def _owner(weight: Attr | Apply, node: Node) -> str:
     return node.name
 
 
-def _linear(call: Call, facts: Facts, node: Node) -> Affine:
+def _computed_weight(call: Call) -> Refusal:
+    return Refusal(
+        "its weight is computed from data, or from what the forward writes, at every call",
+        detail=f"by {call.args['weight'].name}",
+    )
+
+
+def _linear(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
+    if isinstance(call.args["weight"], Node):
+        return _computed_weight(call)
     weight, bias = tensor(call, "weight", 2), optional(call, "bias")
     if 0 in weight.shape:
         raise Unknown

@@ -9,8 +9,9 @@ import torch
 from torch.fx import Node
 
 from .arguments import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data, ints, layout
+from .call import PIECES, Call
 from .constants import Apply, Attr
-from .dialect import Call
+from .names import plain
 from .record import IDENTITY, pointwise
 from .refusal import Refusal
 
@@ -104,8 +105,8 @@ def _selected(
 
 def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
     source, index = data(call), call.args["index"]
-    name = getattr(source.target, "__name__", source.target)
-    if source.op in ("call_function", "call_method") and name in ("chunk", "split") and isinstance(index, int):
+    cut_up = source.op in ("call_function", "call_method") and plain(source.target) in PIECES
+    if cut_up and isinstance(index, int):
         return _piece(source, index, facts, node)
     if not isinstance(index, tuple) or len(index) < 2 or not all(isinstance(i, slice) for i in index):
         raise Unknown
@@ -123,11 +124,12 @@ def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
     """One output of chunk or split along the channels."""
     names = ("input", "sizes", "dim")
     bound = {"dim": 0, **dict(zip(names, chunks.args, strict=False)), **chunks.kwargs}
-    source, sizes = bound["input"], bound.get("sizes", bound.get("chunks", bound.get("split_size")))
+    source = bound.get("input", bound.get("self"))
+    sizes = next((bound[n] for n in ("sizes", "chunks", "split_size", "split_sizes") if n in bound), None)
     if not isinstance(source, Node):
         raise Unknown
     spatial, assumes = axis_layout(facts[source], bound["dim"])
-    chunk = getattr(chunks.target, "__name__", chunks.target) == "chunk"
+    chunk = plain(chunks.target) == "chunk"
     channels = facts[source].channels(spatial)
     if channels is None and chunk and isinstance(sizes, int):
         channels = _whole(chunks, sizes, -spatial - 1, facts)

@@ -11,19 +11,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from . import describe
-from .capture import capture
 from .cost import CostFunction, cost_name, resolve
+from .hierarchy import Part, survey
+from .passes import Outcome, Pass, sizes, ways
 from .pattern import select
-from .plan import Plan, Planner
 from .refresh import store, stored
-from .report import Fired, Report, Totals
-from .rewrite import Rewriter, drop_identities
-from .shapes import as_tuple, propagate
+from .report import Report
+from .shapes import as_tuple, inputs_of
 from .verify import verify as compare
-from .view import View, look
 
 logger = logging.getLogger("fxfuse")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -58,15 +54,17 @@ def optimize(
     patterns: Iterable[str] | str | None = None,
     cost: str | CostFunction = "macs",
     verify: bool | float | None = None,
-) -> GraphModule:
+    capture: str | None = None,
+) -> nn.Module:
     """A GraphModule that computes what `model` computes in eval mode, with fewer and cheaper layers.
 
-    The model is not changed and shares no tensor with the result. Fused layers are ordinary nn.Conv*,
-    nn.ConvTranspose* and nn.Linear modules under the path of what they replace; their weights are
-    computed in float64 and rounded once.
+    Where the model's forward cannot be one graph the result is a copy of the model in which the largest
+    submodules that can be are replaced. The model is not changed and shares no tensor with the result.
+    Fused layers are ordinary nn.Conv*, nn.ConvTranspose* and nn.Linear modules under the path of what
+    they replace; their weights are computed in float64 and rounded once.
 
     Args:
-        model: any module that torch.fx can trace, in eval mode.
+        model: any module in eval mode.
         example_inputs: a tensor, or a tuple of positional arguments. They settle ranks that the layers
             alone leave open, give exact costs, and are needed for `verify`. The model is not run on
             them unless `verify` asks for it, and the result is not specialised to their sizes.
@@ -74,28 +72,30 @@ def optimize(
         cost: "macs" (default), "nodes", "params", or a callable (operator, output positions) -> number.
             A merge is made where the cost does not rise; executed nodes break ties.
         verify: True compares outputs on the example inputs; a number is the relative tolerance.
+        capture: how to get at the graph. "symbolic" traces with torch.fx, "export" uses torch.export on the
+            example inputs, "hierarchical" keeps the model's own forward and takes its submodules. Default
+            is the first of these that works; export only where its graph holds for every batch and size.
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: the model is in training mode; an unknown pattern or cost; `verify` without example
-            inputs; example inputs that the model does not run on.
-        CaptureError: the model cannot be traced.
+        ValueError: the model is in training mode; an unknown pattern, cost or capture; `verify` without
+            example inputs; example inputs that the model does not run on.
+        CaptureError: the way of capture asked for does not work on this model; or the model is compiled
+            already, has parameters without a shape, or a global module hook is registered.
         VerificationError: `verify` found a difference beyond the tolerance.
     """
     started = time.perf_counter()
     inputs = as_tuple(example_inputs)
     if verify and inputs is None:
         raise ValueError("verify needs example_inputs to run the model on")
-    view, before, planned = _analyse(model, inputs, patterns, cost)
-    rewriter = Rewriter(view)
-    done, recipes = rewriter.apply(planned)
-    fused = rewriter.build()
-    params = sum(p.numel() for p in fused.parameters())
+    root, outcome = _run(model, inputs, patterns, cost, capture, dry_run=False)
+    fused = outcome.module(model)
     error = None
     if verify and inputs is not None:
-        error = compare(model, fused, inputs, None if verify is True else float(verify))
-    report = _report(model, view, done, rewriter, before, params, cost_name(cost), started, max_error=error)
-    store(fused, report, recipes, view.captured.constants)
+        error = compare(model, fused, inputs, None if verify is True else float(verify), root.how)
+    params = sum(p.numel() for p in fused.parameters())
+    report = _report(model, root, outcome, params, cost_name(cost), started, max_error=error)
+    store(fused, report, outcome.replays)
     logger.info("%s", report.headline)
     return fused
 
@@ -107,13 +107,13 @@ def plan(
     *,
     patterns: Iterable[str] | str | None = None,
     cost: str | CostFunction = "macs",
+    capture: str | None = None,
 ) -> Report:
     """What `optimize` would do, without reading a weight or building a model. Raises as `optimize`."""
     started = time.perf_counter()
-    view, before, planned = _analyse(model, as_tuple(example_inputs), patterns, cost)
-    rewriter = Rewriter(view, dry_run=True)
-    done, _ = rewriter.apply(planned)
-    return _report(model, view, done, rewriter, before, rewriter.params(), cost_name(cost), started, dry_run=True)
+    root, outcome = _run(model, as_tuple(example_inputs), patterns, cost, capture, dry_run=True)
+    params = sum(p.numel() for p in model.parameters()) - outcome.saved
+    return _report(model, root, outcome, params, cost_name(cost), started, dry_run=True)
 
 
 def report(fused: nn.Module) -> Report:
@@ -126,51 +126,44 @@ def report(fused: nn.Module) -> Report:
     return result
 
 
-def _analyse(
+def _run(
     model: nn.Module,
     inputs: tuple[Any, ...] | None,
     patterns: Iterable[str] | str | None,
     cost: str | CostFunction,
-) -> tuple[View, Totals, Plan]:
-    """Everything up to the plan; raises on bad arguments before anything else happens."""
+    capture: str | None,
+    dry_run: bool,
+) -> tuple[Part, Outcome]:
+    """Every part planned and rewritten; raises on bad arguments before anything else happens."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fxfuse takes an nn.Module, not {type(model).__name__}")
     selection, price = select(patterns), resolve(cost)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
-    captured = capture(model, inputs)
-    before = describe.totals(captured.graph, captured.modules, sum(p.numel() for p in model.parameters()), None)
-    drop_identities(captured)
-    view = look(captured, propagate(captured, inputs))
-    before = Totals(before.nodes, before.params, describe.macs(view), before.ops)
-    return view, before, Planner(view, selection, price).run()
+    root = survey(model, inputs, capture)
+    known = inputs_of(model, {p.path: p.module for p in root.walk() if p.captured and p.path}, inputs)
+    outcome = Outcome()
+    for part in root.walk():
+        if part.captured is None:
+            outcome.stay(part)
+        else:
+            outcome.run(Pass.of(part, known.get(part.path) if part.path else inputs, selection, price), dry_run)
+    return root, outcome
 
 
 def _report(
-    model: nn.Module,
-    view: View,
-    done: Plan,
-    rewriter: Rewriter,
-    before: Totals,
-    params: int,
-    cost: str,
-    started: float,
-    **fields: Any,
+    model: nn.Module, root: Part, outcome: Outcome, params: int, cost: str, started: float, **fields: Any
 ) -> Report:
-    fired = describe.fired(done, view, rewriter.names)
-    macs = None if before.macs is None else before.macs - sum(map(_saved, fired))
+    parts = tuple(ways(root)) if root.parts or root.captured is None else ()
     return Report(
         model=type(model).__name__,
-        fired=fired,
-        refused=done.refusals,
-        before=before,
-        after=describe.totals(rewriter.graph, rewriter.modules(), params, macs),
+        fired=tuple(outcome.fired),
+        refused=tuple(dict.fromkeys(outcome.refused)),
+        before=sizes(outcome.before, sum(p.numel() for p in model.parameters())),
+        after=sizes(outcome.after, params),
         cost=cost,
         seconds=time.perf_counter() - started,
-        capture=view.captured.how,
+        capture="hierarchical" if root.captured is None else root.how,
+        parts=parts,
         **fields,
     )
-
-
-def _saved(fired: Fired) -> int:
-    return (fired.macs_before or 0) - (fired.macs_after or 0)

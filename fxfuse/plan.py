@@ -237,7 +237,8 @@ class Planner:
 
     def _part(self, part: Step | Join, area: Fraction) -> _Option:
         if isinstance(part, Step):
-            price = self._price(part.op, self._area(part.node, area, part.op), int(part.node is not None))
+            executed = int(part.node is not None) + part.op.computed
+            price = self._price(part.op, self._area(part.node, area, part.op), executed)
             price = UNREACHED if part.moved else price  # its node stands elsewhere
             return _Option(price, (Keep(part),), part.op)
         branches = [self._chain(b, area) for b in part.branches]
@@ -258,7 +259,10 @@ class Planner:
             return None
         real = sum(not (isinstance(p, Step) and p.op.kind == "identity") for p in parts)
         if real < 2 and not any(isinstance(p, Join) for p in parts):
-            return None
+            single = self.patterns.combine("alone", op, op)
+            if isinstance(single, Refusal):
+                return None
+            op = single
         ready = algebra.finish(op)
         if isinstance(ready, Refusal):
             return None

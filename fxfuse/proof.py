@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .constants import Apply, Attr, Const, Sequence, Values, evaluate, leaves, probe_values
+from .names import plain
 from .record import Operator
 from .values import compute
 from .weights import double
@@ -23,7 +24,7 @@ POINTS = 4
 ARITHMETIC = set(
     "add sub mul div neg truediv true_divide multiply subtract divide negative rsub sqrt rsqrt square pow reciprocal "
     "sum mean matmul mm mv dot view reshape flatten unsqueeze squeeze expand expand_as permute transpose t getitem "
-    "detach clone contiguous to type_as double cat stack zeros_like ones_like".split()
+    "detach clone contiguous to type_as double cat stack zeros_like ones_like alias lift_fresh_copy".split()
 )
 
 
@@ -76,7 +77,7 @@ def _terms(const: Any) -> Any:
     if not isinstance(const, Apply):
         return const
     function = const.function
-    name = function if isinstance(function, str) else getattr(function, "__name__", "")
+    name = plain(function)
     if name.strip("_") not in ARITHMETIC:
         return Attr(repr(const), const.shape, const.dtype)
     kwargs = tuple((k, _terms(v)) for k, v in const.kwargs)

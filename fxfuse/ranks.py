@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .dialect import Call
+from .call import Call
 from .fact import Fact, fact_of, same_rank, same_shape
 from .shaping import ints_of
 

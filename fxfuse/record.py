@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .constants import Const
+from .constants import Apply, Const
 
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
@@ -57,6 +57,11 @@ class Operator:
     def weighted(self) -> bool:
         """Whether a conv or linear is in it, so that it runs as one and can absorb others."""
         return self.kind == "conv"
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is one layer whose weight or bias is an expression, evaluated at every call."""
+        return self.weighted and any(isinstance(c, Apply) for _, c in self.consts)
 
     @property
     def input_width(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,20 @@ from .rewrite import Recipe
 STORE = "_fxfuse"
 
 
-def store(fused: GraphModule, report: Report, recipes: tuple[Recipe, ...], constants: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Replay:
+    """How the fused layers of one part of a model are computed, and the tensors that only its trace knew."""
+
+    path: str
+    recipes: tuple[Recipe, ...]
+    constants: dict[str, Any]
+
+
+def store(fused: nn.Module, report: Report, replays: tuple[Replay, ...]) -> None:
     """Keep the report and the recipes where deepcopy (meta) and pickle (attributes) both find them."""
-    content = {"report": report, "recipes": recipes, "constants": constants}
-    fused.meta[STORE] = content
+    content = {"report": report, "replays": replays}
+    if isinstance(fused, GraphModule):
+        fused.meta[STORE] = content
     setattr(fused, STORE, content)
 
 
@@ -36,7 +47,7 @@ def stored(fused: nn.Module) -> dict[str, Any]:
     return content
 
 
-def refresh(fused: GraphModule, model: nn.Module) -> GraphModule:
+def refresh(fused: nn.Module, model: nn.Module) -> nn.Module:
     """Give `fused` the weights that `model` has now, in place; returns `fused`.
 
     `model` is the module that `fused` was made of, or one of the same structure. Nothing is changed
@@ -46,12 +57,13 @@ def refresh(fused: GraphModule, model: nn.Module) -> GraphModule:
         TypeError: `fused` does not come from `optimize`.
         ValueError: `model` lacks a weight, holds it in another shape, or a merged weight is not finite.
     """
-    content = stored(fused)
-    fresh = _fused_weights(content, model)
+    fresh: dict[str, Any] = {}
+    for replay in stored(fused)["replays"]:
+        fresh.update(_fused_weights(replay, model))
     source = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     targets = dict(fused.named_parameters(remove_duplicate=False)) | dict(fused.named_buffers(remove_duplicate=False))
     for name, target in targets.items():
-        value = fresh.setdefault(name, source.get(name, content["constants"].get(name)))
+        value = fresh.setdefault(name, source.get(name))
         if value is None or value.shape != target.shape:
             raise ValueError(f"{type(model).__name__} has no such tensor as {name} of {tuple(target.shape)}")
     with torch.no_grad():
@@ -60,18 +72,19 @@ def refresh(fused: GraphModule, model: nn.Module) -> GraphModule:
     return fused
 
 
-def _fused_weights(content: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    values = model_values(model, content["constants"])
+def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
+    """The tensors of one part's fused layers, by full name."""
     try:
-        computed = tensors((recipe.op for recipe in content["recipes"]), values)
+        values = model_values(model.get_submodule(replay.path), replay.constants)
+        computed = tensors((recipe.op for recipe in replay.recipes), values)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} is not the model that was optimized: {error}") from error
-    fresh: dict[str, Any] = {}
-    for recipe in content["recipes"]:
+    fresh: dict[str, Any] = dict(replay.constants)
+    for recipe in replay.recipes:
         numbers = computed[recipe.op]
         if isinstance(numbers, Refusal):
             raise ValueError(str(numbers.at(recipe.target)))
         fresh[f"{recipe.target}.weight"] = numbers[0]
         if numbers[1] is not None:
             fresh[f"{recipe.target}.bias"] = numbers[1]
-    return fresh
+    return {f"{replay.path}.{name}" if replay.path else name: value for name, value in fresh.items()}

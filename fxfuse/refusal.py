@@ -37,7 +37,14 @@ class Refusal:
 
 
 class CaptureError(RuntimeError):
-    """The model could not be turned into one graph; the message names the line and the remedy."""
+    """The model could not be turned into one graph; the message names the line and the remedy.
+
+    `place` is the line and what it raised, alone.
+    """
+
+    def __init__(self, message: str, place: str = "") -> None:
+        super().__init__(message)
+        self.place = place or message
 
 
 class VerificationError(RuntimeError):

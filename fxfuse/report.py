@@ -41,7 +41,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
-    """What one optimization did. `str()` is the table; `to_dict` and `to_markdown` hold the same."""
+    """What one optimization did. `str()` is the table; `to_dict` and `to_markdown` hold the same.
+
+    `capture` is the way the model as a whole was taken; `parts` are path, way and reason of every module
+    that was looked at on its own, as soon as there is more than one.
+    """
 
     model: str
     fired: tuple[Fired, ...]
@@ -51,6 +55,7 @@ class Report:
     cost: str
     seconds: float
     capture: str
+    parts: tuple[tuple[str, str, str], ...] = ()
     dry_run: bool = False
     max_error: float | None = None
     timing: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +83,7 @@ class Report:
             "after": _totals(self.after),
             "cost": self.cost,
             "capture": self.capture,
+            "parts": [{"path": p, "capture": how, "reason": why} for p, how, why in self.parts],
             "seconds": self.seconds,
             "max_error": self.max_error,
             "timing": self.timing,
@@ -114,6 +120,9 @@ class Report:
         blocks = [mark + self.headline, _table(self._sizes(), ("", "before", "after", "ratio"), style)]
         if self.timing:
             blocks.append(self._speed())
+        if self.parts:
+            taken = [(path or self.model, how, why) for path, how, why in self.parts]
+            blocks.append(_table(taken[:sites], ("module", "captured", ""), style) + _more(len(taken) - sites))
         if self.fired:
             blocks.append(_table(list(self.by_pattern.items()), ("pattern", "sites"), style))
             shown = [(f.path, ", ".join(dict.fromkeys(f.patterns)), f.summary, f.after) for f in self.fired]

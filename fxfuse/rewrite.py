@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from . import schema
 from .algebra import needs_pad
 from .asked import answers
 from .assemble import assemble
+from .call import SEVERAL
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
 from .effects import rank_check, shape_reader
+from .kinds import is_number
 from .materialize import Stored, blank, layer, sources, tensors
+from .names import is_aten
 from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .record import Operator
 from .refusal import Refusal
@@ -293,8 +297,8 @@ class Rewriter:
         if node.op == "get_attr" or node in self.view.constants or shape_reader(node):
             return True
         call = self.view.calls.get(node)
-        pure = call is not None and call.op in ("chunk", "split", "getitem") and node not in self.view.effects.writes
-        return pure or node.target is operator.eq
+        pure = call is not None and call.op in {*SEVERAL, "getitem"} and node not in self.view.effects.writes
+        return pure or node.target is operator.eq or is_number(node) or (is_aten(node) and schema.pure(node))
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
@@ -313,9 +317,9 @@ class Rewriter:
                 used.update({id(value): value.numel()} if isinstance(value, nn.Parameter) else {})
         return sum(used.values())
 
-    def build(self) -> GraphModule:
-        """The GraphModule of the rewritten graph."""
-        return assemble(self.view.captured, self.graph, self.layers)
+    def build(self, memo: dict[int, Any]) -> GraphModule:
+        """The GraphModule of the rewritten graph; `memo` as in `assemble`."""
+        return assemble(self.view.captured, self.graph, self.layers, memo)
 
 
 def _whole_trees(done: list[Site], sites: tuple[Site, ...]) -> list[Site]:

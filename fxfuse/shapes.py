@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .capture import Captured
 from .copying import copied
@@ -67,14 +70,73 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
         raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
     runner = _Shapes(captured)
     try:
-        with restored(captured.root), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
+        with restored(captured.root), _fake(inputs) as (mode, fakes), torch.no_grad():
+            _fake_state(runner, mode)
             runner.run(*fakes, enable_io_processing=True)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
-        run_copy(captured.root, inputs)
-        logger.info("no shapes known ahead: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        if not any(isinstance(t, FakeTensor) for t in tree_leaves(inputs)):
+            run_copy(captured.root, inputs)
+        _unknown(error)
         return {}
     return runner.shapes
+
+
+def inputs_of(
+    model: nn.Module, modules: Mapping[str, nn.Module], inputs: tuple[Any, ...] | None
+) -> dict[str, tuple[Any, ...]]:
+    """What each of `modules`, by path, is first called with when `model` runs on stand-ins of the inputs.
+
+    One that is called with other ranks later, or by keyword, is left out.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    if inputs is None or not modules:
+        return found
+    varied = set[str]()
+
+    def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs or _ranks(found.setdefault(path, args)) != _ranks(args):
+            varied.add(path)
+
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, kwargs, p=p: note(p, args, kwargs), with_kwargs=True)
+        for p, m in modules.items()
+    ]
+    try:
+        with restored(model), _fake(inputs) as (_, fakes), torch.no_grad():
+            model(*fakes)
+    except Exception as error:  # a forward that looks at data stops where it does: what came before is known
+        _unknown(error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: args for path, args in found.items() if path not in varied}
+
+
+def _ranks(args: tuple[Any, ...]) -> list[int | None]:
+    return [t.dim() if isinstance(t, Tensor) else None for t in tree_leaves(args)]
+
+
+@contextmanager
+def _fake(inputs: tuple[Any, ...]) -> Iterator[tuple[FakeTensorMode, tuple[Any, ...]]]:
+    """A mode and the inputs as fake tensors in it; those that are fake already stay."""
+    known = [t for t in tree_leaves(inputs) if isinstance(t, FakeTensor)]
+    with known[0].fake_mode if known else FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode, inputs if known else tree_map_only(Tensor, mode.from_tensor, inputs)
+
+
+def _unknown(error: Exception) -> None:
+    text = str(error).strip().splitlines()
+    logger.info("no shapes known ahead: %s", text[0] if text else type(error).__name__)
+
+
+def _fake_state(runner: _Shapes, mode: FakeTensorMode) -> None:
+    """Put fake tensors in the place of the model's own, which a forward that counts its calls would write to."""
+    for module in runner.module.modules():
+        for table in (module._parameters, module._buffers, module.__dict__):
+            real = {k: v for k, v in table.items() if isinstance(v, Tensor)}
+            fake: dict[str, Any] = {k: mode.from_tensor(v) for k, v in real.items()}
+            table.update(fake)
+    runner.constants = {k: mode.from_tensor(v) for k, v in runner.constants.items()}
 
 
 def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

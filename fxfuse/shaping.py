@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .dialect import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, ELEMENTWISE_MODULES, Call
+from .call import Call
+from .dialect import ELEMENTWISE_MODULES
+from .dialect import elementwise as elementwise_call
 from .tracer import has_hooks
 
 # name: (canonical operation, names of its arguments, defaults)
@@ -146,8 +148,7 @@ def elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return plain(module) and isinstance(module, ELEMENTWISE_MODULES)
     if node.op == "call_method" and node.target == "type_as":
         return True
-    names: Any = ELEMENTWISE_METHODS if node.op == "call_method" else ELEMENTWISE_FUNCTIONS
-    return node.op != "get_attr" and node.target in names and node.all_input_nodes == [node.args[0]]
+    return elementwise_call(node) and node.all_input_nodes == [node.args[0]]
 
 
 def ints_of(value: Any) -> tuple[int, ...] | None:

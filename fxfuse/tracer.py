@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
 from .containers import put_back
-from .kinds import is_number, is_tensor
+from .kinds import extremes_recorded, is_number, is_tensor, number_type
 from .layers import layer_type
 from .refusal import CaptureError
 
@@ -49,6 +49,13 @@ class FuseProxy(Proxy):
             raise CaptureError(f"the forward assigns to .{name} of a tensor, which a graph cannot hold")
         super().__setattr__(name, value)
 
+    def __len__(self) -> int:
+        if self.node.op == "get_attr" and isinstance(self.tracer, FuseTracer):
+            owner, _, name = str(self.node.target).rpartition(".")
+            tables = self.tracer.root.get_submodule(owner).__dict__
+            return len((tables["_parameters"] | tables["_buffers"])[name])  # a weight's size is known
+        return super().__len__()
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """Read by `isinstance`, and by C code too: whose line it is tells the two apart."""
@@ -59,6 +66,8 @@ class FuseProxy(Proxy):
         tracer = self.tracer
         if isinstance(tracer, FuseTracer) and is_tensor(self.node, tracer.root):
             return Tensor
+        if (number := number_type(self.node)) is not None:
+            return number
         raise CaptureError("the forward asks for the type of a value, which is only known when it runs")
 
 
@@ -94,7 +103,8 @@ class FuseTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         self._modes = _modes()
-        return super().trace(root, concrete_args)
+        with extremes_recorded():
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: Node) -> Proxy:
         return FuseProxy(node, self)

@@ -18,7 +18,9 @@ from .shapes import run_copy
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-def verify(model: nn.Module, fused: GraphModule, inputs: tuple[Any, ...], tolerance: float | None) -> float:
+def verify(
+    model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], tolerance: float | None, how: str | None = None
+) -> float:
     """Largest error of `fused` relative to the largest output of `model`.
 
     Raises:
@@ -40,7 +42,7 @@ def verify(model: nn.Module, fused: GraphModule, inputs: tuple[Any, ...], tolera
         error = relative_error(got, want)
         allowed = TOLERANCE.get(want.dtype, 1e-3) if tolerance is None else tolerance
         if not error <= allowed:
-            place = first_difference(model, fused, inputs, allowed)
+            place = first_difference(model, fused, inputs, allowed, how)
             raise VerificationError(f"outputs differ by {error:.1e} (allowed {allowed:.1e}); {place}")
         worst = max(worst, error)
     return worst
@@ -73,12 +75,18 @@ class _Recorder(Interpreter):
         return result
 
 
-def first_difference(model: nn.Module, fused: GraphModule, inputs: tuple[Any, ...], allowed: float) -> str:
+def first_difference(
+    model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], allowed: float, how: str | None = None
+) -> str:
     """The first fused layer whose output differs from the value it stands for."""
     from .capture import capture
+    from .exported import export
     from .rewrite import drop_identities
 
-    captured = capture(copy.deepcopy(model))
+    if not isinstance(fused, GraphModule) or not any("fxfuse_exit" in n.meta for n in fused.graph.nodes):
+        return "the model is no single graph in which to look for the place"
+    twin = copy.deepcopy(model)
+    captured = export(twin, inputs) if how == "export" else capture(twin, inputs)
     drop_identities(captured)
     for name, tensor in captured.constants.items():
         setattr(captured.root, name, tensor)

@@ -17,10 +17,11 @@ from torch.fx import Node
 
 from .arguments import Affine, Unknown
 from .border_fill import border_fills
-from .capture import Captured
+from .call import SEVERAL, Call
+from .capture import Captured, stays
 from .carries import read_carry
 from .constants import Attr, leaves
-from .dialect import Call, read
+from .dialect import read
 from .dims import Dims
 from .effects import Effects, asks_size, shape_reader
 from .fact import Fact
@@ -66,7 +67,7 @@ class View:
         found = []
         for user in self.data_users(node):
             call = self.calls.get(user)
-            found += self.data_users(user) if call is not None and call.op in ("chunk", "split") else [user]
+            found += self.data_users(user) if call is not None and call.op in SEVERAL else [user]
         return found
 
 
@@ -97,7 +98,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
             continue
         if isinstance(result, Affine) and node in fills:
             fill = fills[node]
-            result = replace(result, op=replace(result.op, pad_value=fill.value), extra=fill.writes)
+            result = replace(result, op=replace(result.op, pad_value=fill.value), extra=(*fill.writes, *fill.slices))
         if isinstance(result, Affine) and not effects.private_write(node):
             result = Refusal("it writes a tensor in place that is read elsewhere", remedy="use the out-of-place form")
         if isinstance(result, Affine) and written and _reads_any(result.op, written):
@@ -108,12 +109,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
             affine[node] = result
     for node in graph.nodes:
         if node.op == "call_module" and node.target in captured.whole:
-            refused[node] = Refusal(
-                "the module is kept whole: its forward cannot be traced",
-                where=str(node.target),
-                detail=captured.whole[node.target],
-                remedy="make its forward independent of its input's data and size, and free of side effects",
-            )
+            refused[node] = stays(str(node.target), captured.whole[node.target])
     view = View(captured, affine, refused, constants, effects, facts, shapes, calls)
     return _with_carries(view, shapings)
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from helpers import assert_untouched, fingerprint, randomize, relative_error
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 import fxfuse
@@ -51,16 +50,18 @@ def agrees(
     examples: Any = None,
     fires: bool | None = None,
     refused: str = "",
-) -> GraphModule:
+    reseed: Callable[[int], Any] = torch.manual_seed,
+    capture: str | None = None,
+) -> Any:
     """The optimized model does what eager does, call after call, and the model stays as it was.
 
     Outputs (values, shapes, dtypes, strides, requires_grad, sharing of memory with the inputs), what is
     written to the inputs, errors, and the random numbers drawn are compared, with and without gradients,
-    for the result itself and for a deep copy of it.
+    for the result itself and for a deep copy of it. `reseed` runs before every call.
     """
     model.eval()
     before, state = fingerprint(model), torch.get_rng_state()
-    fused = fxfuse.optimize(model, examples)
+    fused = fxfuse.optimize(model, examples, capture=capture)
     assert torch.equal(state, torch.get_rng_state())
     report = fxfuse.report(fused)
     if fires is not None:
@@ -73,14 +74,14 @@ def agrees(
             inputs = draw(shape, torch.Generator().manual_seed(number))
             inputs = inputs if isinstance(inputs, tuple) else (inputs,)
             with torch.set_grad_enabled(number >= len(shapes)):
-                _same_call(truth, candidate, inputs, tolerance)
+                _same_call(truth, candidate, inputs, tolerance, reseed)
         assert_untouched(model, before)
     return fused
 
 
-def _same_call(truth: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], tolerance: float) -> None:
+def _same_call(truth: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], tolerance: float, reseed: Any) -> None:
     ours, theirs = copy.deepcopy(inputs), copy.deepcopy(inputs)
-    want, got = _call(truth, theirs), _call(candidate, ours)
+    want, got = _call(truth, theirs, reseed), _call(candidate, ours, reseed)
     if isinstance(want, Exception) or isinstance(got, Exception):
         assert isinstance(want, Exception) and isinstance(got, Exception), (want, got)
         return
@@ -95,8 +96,9 @@ def _same_call(truth: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], 
     assert relative_error(ours, theirs) <= tolerance  # what the model wrote to its inputs
 
 
-def _call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _call(model: nn.Module, inputs: tuple[Any, ...], reseed: Any) -> Any:
     torch.manual_seed(0)
+    reseed(0)
     try:
         return model(*inputs)
     except Exception as error:

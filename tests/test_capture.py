@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -141,11 +142,20 @@ def test_a_model_that_does_not_trace_says_where(case: str) -> None:
     model = build(forward)
     before, loose, states = fingerprint(model), model.loose.clone(), (torch.get_rng_state(), random.getstate())
     with pytest.raises(fxfuse.CaptureError, match=text):
-        fxfuse.optimize(model)
+        fxfuse.optimize(model, capture="symbolic")
     assert_untouched(model, before)
     assert torch.equal(model.loose, loose) and model.seen == [] and "last" not in vars(model)
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("case", [c for c in STOPS if c not in ("numpy random", "loop")])
+def test_without_a_graph_the_model_stays_what_it_is(case: str) -> None:
+    model = build(STOPS[case][0])
+    fused = agrees(model, reseed=random.seed, fires=False)
+    report = fxfuse.report(fused)
+    assert type(fused) is type(model) and report.capture == "hierarchical"
+    assert "stays Python" in report.refused[0].reason and re.search(STOPS[case][1], report.refused[0].detail)
 
 
 @pytest.mark.parametrize("case", [c for c in STOPS if c not in ("python random", "numpy random")])
@@ -156,7 +166,7 @@ def test_inside_a_model_it_stays_whole(case: str) -> None:
     rest = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).double()
     model = nn.Sequential(build(forward), rest) if case != "loop" else nn.Sequential(rest, build(forward))
     fused = agrees(model.eval(), tolerance=1e-2 if case == "autocast" else 1e-12, fires=True)
-    whole = [r for r in fxfuse.report(fused).refused if "kept whole" in r.reason]
+    whole = [r for r in fxfuse.report(fused).refused if "stays Python" in r.reason]
     assert [r.where for r in whole] == ["1" if case == "loop" else "0"], whole
 
 
@@ -269,14 +279,23 @@ def test_more_than_a_forward_is_refused() -> None:
     own.forward = lambda x: x
     compiled.compile(backend="eager")
     for model, text in (
-        (own, "forward set on the instance"),
         (compiled, "compiled in place"),
         (lazy, "lazy parameters"),
+        (torch.compile(fresh()), "was compiled; optimize it before"),
+    ):
+        with pytest.raises(fxfuse.CaptureError, match=text):
+            fxfuse.optimize(model)
+    for model, text in (
+        (own, "forward set on the instance"),
         (OwnCall(*fresh()).eval(), "__call__ of its own"),
         (torch.jit.script(fresh()), "scripted"),
     ):
         with pytest.raises(fxfuse.CaptureError, match=text):
-            fxfuse.optimize(model)
+            fxfuse.optimize(model, capture="symbolic")
+        x = torch.ones(1, 4, 3, 3)
+        left = fxfuse.optimize(model)
+        assert torch.equal(left(x), model(x)) and left is not model
+        assert any(text in r.detail for r in fxfuse.report(left).refused)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         with pytest.raises(fxfuse.CaptureError, match="global module hook"):

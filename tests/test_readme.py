@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 import fxfuse
 from fxfuse import pattern
@@ -34,6 +36,16 @@ def test_own_pattern_runs(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         fxfuse.unregister("blueprint")
     assert capsys.readouterr().out.strip() == "{'blueprint': 1}"
+
+
+def test_a_model_that_is_no_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(next(c for kind, c in BLOCKS if "retinanet" in c), "README.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert "backbone symbolic " in printed
+    assert any(line.startswith("head.classification_head python ") and "retinanet.py:" in line for line in printed)
+    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in names[k].modules()) for k in ("model", "fused")]
+    assert norms == [53, 0] and type(names["fused"]) is type(names["model"])
 
 
 def test_table_names_every_pattern() -> None:

@@ -2,13 +2,16 @@
 
 A torchvision built for a GPU cannot load its operators beside a CPU-only torch, and then not even
 its import succeeds. Models that use none of those operators need only their names; deformable
-convolution gets an implementation, so that blocks made of it run.
+convolution, non-maximum suppression and RoIAlign get an implementation, so that blocks made of them and
+detection models run.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import math
+import sys
 
 import torch
 from torch import Tensor
@@ -37,12 +40,19 @@ def declare_missing_ops() -> None:
     )
     _library.impl("deform_conv2d", _deform_conv2d, "CompositeExplicitAutograd")
     _library.impl("deform_conv2d", _deform_conv2d_shape, "Meta")
+    _library.define(
+        "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+        "int sampling_ratio, bool aligned) -> Tensor"
+    )
+    _library.impl("roi_align", _roi_align, "CompositeExplicitAutograd")
 
     import torchvision.extension
 
     # Asked by each operator's Python wrapper; at import it had to stay false, for the remaining
     # operators have no declaration to attach anything to.
     torchvision.extension._has_ops = lambda: True
+    # this one has a copy of the question, and would answer "no" by compiling a function for minutes
+    sys.modules["torchvision.ops.roi_align"]._has_ops = torchvision.extension._has_ops  # type: ignore[attr-defined]
 
 
 def _lacks_ops() -> bool:
@@ -73,6 +83,32 @@ def _nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         if not kept or not bool((overlap[i, kept] > iou_threshold).any()):
             kept.append(i)
     return torch.tensor(kept, dtype=torch.long, device=dets.device)
+
+
+def _roi_align(
+    input: Tensor, rois: Tensor, scale: float, height: int, width: int, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    """The mean of samples x samples bilinear reads in every cell of each box [image, x1, y1, x2, y2]."""
+    pooled = [input.new_zeros(0, input.shape[1], height, width)]
+    for image, *box in rois.tolist():
+        x1, y1, x2, y2 = (edge * scale - aligned / 2 for edge in box)
+        y, rows = _cells(y1, y2, height, sampling_ratio, aligned, input)
+        x, columns = _cells(x1, x2, width, sampling_ratio, aligned, input)
+        inside = ((y >= -1) & (y <= input.shape[2]))[:, None] & ((x >= -1) & (x <= input.shape[3]))
+        y, x = y.clamp(0, input.shape[2] - 1), x.clamp(0, input.shape[3] - 1)
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        read = _bilinear(input[int(image)][None, None], grid_y[None, None, None], grid_x[None, None, None])
+        read = (read * inside).reshape(1, input.shape[1], height, rows, width, columns)
+        pooled.append(read.mean((3, 5)))
+    return torch.cat(pooled)
+
+
+def _cells(start: float, stop: float, cells: int, samples: int, aligned: bool, like: Tensor) -> tuple[Tensor, int]:
+    """Sample positions along one side of a box, and how many lie in each cell."""
+    size = stop - start if aligned else max(stop - start, 1.0)
+    samples = samples if samples > 0 else max(math.ceil(size / cells), 1)
+    steps = torch.arange(cells * samples, dtype=like.dtype, device=like.device)
+    return start + (steps + 0.5) * (size / cells / samples), samples
 
 
 def _deform_conv2d(

@@ -1,0 +1,36 @@
+"""The plain name of what a node calls: `conv2d` for `F.conv2d`, `torch.conv2d` and `aten.conv2d.default` alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+
+def plain(target: Any) -> str:
+    """Name of a function, an operator without its overload, or a tensor method; "" for anything else."""
+    if isinstance(target, str):
+        return target.rpartition("::")[2].partition(".")[0]
+    if isinstance(target, OpOverload):
+        return str(target._schema.name.rpartition("::")[2])
+    return str(getattr(target, "__name__", ""))
+
+
+def operator_name(target: OpOverload) -> str:
+    """`aten::add.Tensor`: the name that `operator_named` takes."""
+    return str(target.name())  # type: ignore[no-untyped-call]
+
+
+def operator_named(name: str) -> OpOverload:
+    """The operator called `aten::add.Tensor`: by its name it can be pickled and hashed."""
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    found: OpOverload = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    return found
+
+
+def is_aten(node: Node) -> bool:
+    """Whether a node calls one overload of an ATen operator."""
+    return isinstance(node.target, OpOverload) and node.target.namespace == "aten"
