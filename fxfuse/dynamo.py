@@ -37,6 +37,17 @@ class Traced:
     shapes: Shapes
 
 
+def statistics(gm: GraphModule, training: bool) -> list[int]:
+    """Positions of the running statistics of all batch norms, or of those alone that train and so write them."""
+    positions = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    found: set[int] = set()
+    for node in gm.graph.nodes:
+        call = read(node, {}, lambda path: None) if node.op == "call_function" else None
+        if call is not None and call.op == "batch_norm" and (call.args["training"] or not training):
+            found |= {positions[call.args[n]] for n in ("running_mean", "running_var") if call.args[n] in positions}
+    return sorted(found)
+
+
 def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = frozenset()) -> Traced:
     """Dynamo's graph with every state placeholder, those at `exposed` aside, made an attribute; `gm` stays as it is."""
     root, graph = nn.Module(), Graph()

@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from .constants import Attr
+from .dynamo import statistics
 from .inner import compiled
 from .materialize import tensors
 from .record import Operator
 from .refusal import Refusal
 from .report import Report
-from .weight_sets import WeightSet
+from .weight_sets import WeightSet, touch
 
 logger = logging.getLogger("fxfuse")
 BAKED = 8  # sets of weights that get a graph of their own; further ones share one
@@ -71,6 +72,8 @@ class Entry:
         self.number = next(_numbers)
         self.reads: list[int] = []
         self.state = sorted(planned.state)
+        self.looked = [self.state.index(i) for i in statistics(gm, training=False) if i in planned.state]
+        self.written = statistics(gm, training=True)
         self.runtime = [i for i in range(len(inputs)) if i not in planned.state]
         self.fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
         self.fake_mode = next((t.fake_mode for t in self.fakes if isinstance(t, FakeTensor)), None)
@@ -96,7 +99,10 @@ class Entry:
             last = self._switch(state, args)
         runner = last.runner
         assert runner is not None
-        return runner(args, state)
+        result = runner(args, state)
+        if self.written:
+            touch(args[i] for i in self.written)
+        return result
 
     def _switch(self, state: list[Tensor], args: Sequence[Any]) -> WeightSet:
         """The set of these weights, brought up to date."""
@@ -115,7 +121,7 @@ class Entry:
             return found
 
     def _new(self, state: list[Tensor], inputs: Sequence[Any] | None) -> WeightSet:
-        new = WeightSet(state, self.how.check, self._forget)
+        new = WeightSet(state, self.how.check, self.looked, self._forget)
         self._fold(new, state, inputs, first=True)
         self.sets[tuple(new.ids)] = new
         while len(self.sets) > KEPT:
@@ -197,7 +203,7 @@ class Entry:
         return lambda args, state: plain(*args)
 
     def _passing(self, state: list[Tensor]) -> WeightSet:
-        passing = WeightSet(state, "full", lambda _: None)
+        passing = WeightSet(state, "full", (), lambda _: None)
         passing.runner = self._unfolded(None)
         return passing
 
@@ -246,7 +252,16 @@ def untouched(gm: GraphModule, inputs: Sequence[Any], how: How, live: bool) -> C
     """A copy of Dynamo's graph, handed to the inner compiler as it is."""
     mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), None)
     with _context(mode, live):
-        return compiled(clone(gm), inputs, how.inner, how.inner_options, baked=False)
+        run, written = compiled(clone(gm), inputs, how.inner, how.inner_options, baked=False), statistics(gm, True)
+    if not written:
+        return run
+
+    def training(*args: Any) -> Any:
+        result = run(*args)
+        touch(args[i] for i in written)
+        return result
+
+    return training
 
 
 def _context(mode: Any, live: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
@@ -17,7 +18,7 @@ from .hierarchy import Part, survey
 from .passes import Outcome, Pass, sizes, ways
 from .pattern import select
 from .refresh import store, stored
-from .report import Report
+from .report import Report, Reports
 from .shapes import as_tuple, inputs_of
 from .verify import verify as compare
 
@@ -116,14 +117,20 @@ def plan(
     return _report(model, root, outcome, params, cost_name(cost), started, dry_run=True)
 
 
-def report(fused: nn.Module) -> Report:
-    """The report of a module that `optimize` returned, also after deepcopy or pickling.
+def report(fused: nn.Module) -> Any:
+    """The `Report` of a module that `optimize` returned, also after deepcopy or pickling.
+
+    For a module compiled by torch.compile with backend "fxfuse", or with such parts, the reports of its
+    graphs, in the order in which they were compiled; they are there after the first call.
 
     Raises:
-        TypeError: the module does not come from `optimize`.
+        TypeError: the module does not come from `optimize`, and no graph of it was compiled by fxfuse.
     """
-    result: Report = stored(fused)["report"]
-    return result
+    compiled = sys.modules.get("fxfuse.backend")
+    found = compiled.reports(fused) if compiled is not None and isinstance(fused, nn.Module) else ()
+    if found:
+        return Reports(found)
+    return stored(fused)["report"]
 
 
 def _run(

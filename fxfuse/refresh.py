@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from .materialize import tensors
 from .refusal import Refusal
 from .report import Report
 from .rewrite import Recipe
+from .weight_sets import bump
 
 STORE = "_fxfuse"
 
@@ -47,8 +48,19 @@ def stored(fused: nn.Module) -> dict[str, Any]:
     return content
 
 
-def refresh(fused: nn.Module, model: nn.Module) -> nn.Module:
+@overload
+def refresh() -> None: ...
+
+
+@overload
+def refresh(fused: nn.Module, model: nn.Module) -> nn.Module: ...
+
+
+def refresh(fused: nn.Module | None = None, model: nn.Module | None = None) -> nn.Module | None:
     """Give `fused` the weights that `model` has now, in place; returns `fused`.
+
+    Without arguments: whatever torch.compile's backend "fxfuse" made of weights is made anew at the next
+    call. That is for changes that leave no trace on a tensor: `p.data.mul_()`, writes through numpy.
 
     `model` is the module that `fused` was made of, or one of the same structure. Nothing is changed
     unless every weight is there in the right shape.
@@ -57,6 +69,11 @@ def refresh(fused: nn.Module, model: nn.Module) -> nn.Module:
         TypeError: `fused` does not come from `optimize`.
         ValueError: `model` lacks a weight, holds it in another shape, or a merged weight is not finite.
     """
+    if fused is None or model is None:
+        if fused is not model:
+            raise TypeError("refresh takes the optimized module and its model, or nothing")
+        bump()
+        return None
     fresh: dict[str, Any] = {}
     for replay in stored(fused)["replays"]:
         fresh.update(_fused_weights(replay, model))

@@ -178,6 +178,15 @@ class Report:
         )
 
 
+class Reports(tuple[Report, ...]):
+    """The reports of several graphs; `str()` is one after the other."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+
 def _totals(t: Totals) -> dict[str, Any]:
     return {"nodes": t.nodes, "params": t.params, "macs": t.macs, "ops": dict(t.ops)}
 

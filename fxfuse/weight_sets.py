@@ -3,10 +3,15 @@
 One graph compiled by Dynamo serves every instance of a class, and the weights of each may change at any
 time. A `WeightSet` knows the tensors of one call by identity, and their state by version and address. It
 holds them weakly: a model that is dropped is freed.
+
+Batch norms in training write their running statistics, and fused optimizers their parameters, without
+counting it in a version. Optimizers tell through their hook, compiled training graphs are seen to run,
+and of statistics on the CPU a few numbers are looked at on every call.
 """
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,10 +21,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 CHECKS = ("full", "identity", "never")
+_WORDS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
-# Counts the events that change weights without a trace on the tensors: refresh(), steps of fused optimizers.
-_epoch = 0
-_stepped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_epoch = 0  # how often everything was declared changed
+_touches = 0  # how often single tensors were
+_touched: dict[int, int] = {}  # when last, by id
+_hook: Any = None
 
 
 def bump() -> None:
@@ -28,13 +35,17 @@ def bump() -> None:
     _epoch += 1
 
 
+def touch(tensors: Iterable[Tensor]) -> None:
+    """These tensors were written in a way that leaves no trace on them."""
+    global _touches
+    _touches += 1
+    _touched.update((id(t), _touches) for t in tensors)
+
+
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """A fused step writes parameters without counting it in their version."""
-    if any(group.get("fused") for group in optimizer.param_groups):
-        bump()
-
-
-_hook: Any = None
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            touch(group["params"])
 
 
 def watch_optimizers() -> None:
@@ -45,13 +56,22 @@ def watch_optimizers() -> None:
 
 
 class WeightSet:
-    """The state tensors of one model, weakly, and what was made of them."""
+    """The state tensors of one model, weakly, and what was made of them.
 
-    def __init__(self, tensors: Sequence[Tensor], check: str, gone: Callable[[WeightSet], None]) -> None:
+    `looked` are positions of tensors some numbers of which are compared, beside version and address.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], check: str, looked: Iterable[int], gone: Callable[[WeightSet], None]
+    ) -> None:
         self.ids = [id(t) for t in tensors]
         self.check = check
-        self.dead = False
+        self.looked = [i for i in looked if tensors[i].device.type == "cpu" and tensors[i].numel()]
         self.counted = [i for i, t in enumerate(tensors) if not t.is_inference()]
+        self.dead = False
+        self.baked = False
+        self.folded: list[Tensor] = []
+        self.runner: Callable[..., Any] | None = None
         me = weakref.ref(self)
 
         def lost(_: Any) -> None:
@@ -61,30 +81,46 @@ class WeightSet:
                 gone(this)
 
         self.refs = [weakref.ref(t, lost) for t in tensors]
-        self.runner: Callable[..., Any] | None = None
-        self.folded: list[Tensor] = []
-        self.changes = 0
-        self.baked = False
         self.note(tensors)
 
     def note(self, tensors: Sequence[Tensor]) -> None:
         """Remember the state of the tensors as it is now."""
-        self.epoch = _epoch
+        self.epoch, self.touches = _epoch, _touches
         self.versions = [tensors[i]._version for i in self.counted]
-        self.addresses = [t.data_ptr() for t in tensors] if self.check == "full" else []
-        self.grads = [t.requires_grad for t in tensors]
+        self.addresses = [t.data_ptr() for t in tensors]
+        self.words = [word for i in self.looked for word in _some(tensors[i])]
+        self.numbers = [word.value for word in self.words]
 
     def fresh(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors, known to be those of the set, are unchanged."""
-        if self.epoch != _epoch:
+        if self.epoch != _epoch or (self.touches != _touches and self._was_touched()):
             return False
         if self.check != "full":
             return True
         if len(self.counted) == len(tensors):
             same = self.versions == [t._version for t in tensors]
-        else:
+        else:  # inference tensors have no version
             same = self.versions == [tensors[i]._version for i in self.counted]
-        return same and self.addresses == [t.data_ptr() for t in tensors]
+        # the numbers last: they lie in memory of tensors that are now known to be where they were
+        return (
+            same
+            and self.addresses == [t.data_ptr() for t in tensors]
+            and self.numbers == [word.value for word in self.words]
+        )
 
-    def kept(self) -> Iterable[Tensor]:
-        return (t for t in (r() for r in self.refs) if t is not None)
+    def _was_touched(self) -> bool:
+        if any(_touched.get(i, 0) > self.touches for i in self.ids):
+            return True
+        self.touches = _touches
+        return False
+
+
+def _some(tensor: Tensor) -> list[Any]:
+    """The first, middle and last number of a tensor in memory, as the bits that they are."""
+    size, word = tensor.element_size(), _WORDS.get(tensor.element_size())
+    offsets = {sum(i * s for i, s in zip(at, tensor.stride(), strict=True)) for at in _corners(tensor.shape)}
+    return [] if word is None else [word.from_address(tensor.data_ptr() + o * size) for o in sorted(offsets)]
+
+
+def _corners(shape: torch.Size) -> list[list[int]]:
+    return [[0 for n in shape], [n // 2 for n in shape], [n - 1 for n in shape]]
