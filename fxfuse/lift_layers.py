@@ -102,6 +102,7 @@ def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     if call.args["training"] or call.args["running_mean"] is None or call.args["running_var"] is None:
         return Refusal(
             "batch_norm normalizes with the statistics of the batch, not with running ones",
+            where=call.path,
             remedy="call model.eval(), and keep track_running_stats=True",
         )
     mean, var = tensor(call, "running_mean", 1), tensor(call, "running_var", 1)
@@ -109,7 +110,9 @@ def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     spatial, assumes = layout(x)
     if spatial is None:
         return Refusal(
-            "the rank of batch_norm's input is not certain, so its channel axis is not", remedy=PASS_EXAMPLES
+            "the rank of batch_norm's input is not certain, so its channel axis is not",
+            where=call.path or _owner(mean, node),
+            remedy=PASS_EXAMPLES,
         )
     if not isinstance(call.args["eps"], (int, float)):
         raise Unknown

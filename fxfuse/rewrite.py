@@ -23,10 +23,10 @@ from .effects import rank_check, shape_reader
 from .kinds import is_number
 from .materialize import Stored, blank, layer, sources, tensors
 from .names import is_aten
-from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .record import Operator
 from .refusal import Refusal
 from .regions import Join, Step, exit_of, part_nodes
+from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site
 from .view import View
 
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
@@ -80,7 +80,7 @@ class Rewriter:
         done, failed = list[Site](), list(plan.refusals)
         stored = self._stored(plan)
         for site in plan.sites:
-            pairs = [(op, stored[op]) for op in _operators(site)]
+            pairs = [(op, stored[op]) for op in site.operators()]
             refused = [r.at(op.path) for op, r in pairs if isinstance(r, Refusal)]
             failed += refused
             done += [] if refused else [site]
@@ -99,7 +99,7 @@ class Rewriter:
 
     def _stored(self, plan: Plan) -> Mapping[Operator, Stored | Refusal]:
         """The weights of all sites, computed before anything is changed."""
-        ops = dict.fromkeys(op for site in plan.sites for op in _operators(site))
+        ops = dict.fromkeys(op for site in plan.sites for op in site.operators())
         return {op: blank(op) for op in ops} if self.dry_run else tensors(ops, self.values)
 
     def _requires_grad(self, attr: Attr) -> bool:
@@ -110,7 +110,7 @@ class Rewriter:
 
     def _release(self, sites: Iterable[Site]) -> None:
         """Free the names of modules and attributes that only the fused sites use."""
-        fused = {n for s in sites for n in _nodes(s)}
+        fused = {n for s in sites for n in s.nodes()}
         kept = {str(n.target) for n in self.graph.nodes if n.op == "call_module" and n not in fused}
         kept |= {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and not set(n.users) <= fused}
         self.taken = kept
@@ -327,19 +327,9 @@ def _whole_trees(done: list[Site], sites: tuple[Site, ...]) -> list[Site]:
     count = len(sites)
     while count != len(done):
         count, whole = len(done), {id(s) for s in done}
-        kept = {n for s in sites if id(s) not in whole for n in _nodes(s)}
-        done = [s for s in done if kept.isdisjoint(_nodes(s))]
+        kept = {n for s in sites if id(s) not in whole for n in s.nodes()}
+        done = [s for s in done if kept.isdisjoint(s.nodes())]
     return done
-
-
-def _operators(site: Site) -> list[Operator]:
-    """Operators of all fused stretches of a site, in order."""
-    return [f.op for f in fuses(site.segments)]
-
-
-def _nodes(site: Site) -> list[Node]:
-    """Nodes of all fused stretches of a site."""
-    return [n for f in fuses(site.segments) for p in f.parts for n in part_nodes(p)]
 
 
 def _above(name: str) -> list[str]:
