@@ -30,9 +30,9 @@ class Shapes(dict[Node, torch.Size]):
 class _Shapes(Interpreter):
     """Runs a captured graph on fake tensors and notes what shape each node gives."""
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: Captured, constants: dict[str, Tensor]) -> None:
         super().__init__(captured.root, graph=captured.graph)
-        self.constants = captured.constants
+        self.constants = constants
         self.shapes = Shapes()
 
     def fetch_attr(self, target: str) -> Any:
@@ -65,16 +65,29 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
         inspect.signature(captured.root.forward).bind(*inputs)
     except TypeError as error:
         raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
-    runner = _Shapes(captured)
     try:
         with restored(captured.root), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
+            _fake_state(captured.root, mode)
+            fakes, constants = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (inputs, captured.constants))
+            runner = _Shapes(captured, constants)
             runner.run(*fakes, enable_io_processing=True)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
         run_copy(captured.root, inputs)
         logger.info("no shapes known ahead: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
         return {}
     return runner.shapes
+
+
+def _fake_state(root: nn.Module, mode: FakeTensorMode) -> None:
+    """Put fakes in the place of all tensors of the model: an operation on real ones alone would run for real."""
+    for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for table in tables:
+            for name, value in list(table.items()):
+                if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+                    table[name] = mode.from_tensor(value)
 
 
 def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
