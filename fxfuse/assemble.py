@@ -58,7 +58,12 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], 
             if name in holder._non_persistent_buffers_set:
                 hidden.append(target)
     graph.owning_module = None
+    loose = [(m, t.rpartition(".")[2]) for t in state if (m := _holder(t, state)) is not None]
+    for module, name in loose:
+        del module.__dict__[name]
     result = GraphModule(state, graph, type(root).__name__)
+    for module, name in loose:  # the module computes it anew at every call, so it is no buffer
+        module.__dict__[name] = module._buffers.pop(name)
     result.training = False
     for module in result.modules():
         if type(module) is nn.Module:  # the containers that GraphModule made for the paths
@@ -69,6 +74,18 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], 
     flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
     keep(result, {name: getattr(root, name) for name in (*HOOKS, *flags) if getattr(root, name, None)})
     return result
+
+
+def _holder(target: str, state: Mapping[str, Any]) -> nn.Module | None:
+    """The module of `state` in which the tensor at `target` is a plain attribute, such as a pruned weight."""
+    owner, _, name = target.rpartition(".")
+    parts = owner.split(".")
+    for i in range(len(parts), 0, -1):
+        above = state.get(".".join(parts[:i]))
+        if isinstance(above, nn.Module):
+            module = above.get_submodule(".".join(parts[i:]))
+            return module if name in module.__dict__ else None
+    return None
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .containers import put_back
 from .refusal import CaptureError
-from .tracer import INPLACE
+from .tracer import INPLACE, has_hooks
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _WRITES = set(INPLACE.values())
@@ -35,7 +35,7 @@ def guarded(model: nn.Module) -> Iterator[dict[str, Any]]:
         CaptureError: the forward drew random numbers, or changed a list or dict that a module keeps.
     """
     created: dict[str, Any] = {}
-    with restored(model, created) as changed, attributes(model), _RealTensors(), torch.enable_grad():
+    with restored(model, created) as changed, attributes(model), _RealTensors(model), torch.enable_grad():
         yield created
     if changed:
         raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")
@@ -113,11 +113,15 @@ def _same(old: Any, new: Any) -> bool:
 
 
 class _RealTensors(TorchDispatchMode):
-    """Stops in-place writes to tensors that the trace did not make itself, and random numbers."""
+    """Stops in-place writes to tensors that the trace did not make itself, and random numbers.
 
-    def __init__(self) -> None:
+    And arithmetic on a weight that a hook computes anew at every call (pruning, the older weight_norm).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.own: dict[int, Any] = {}
+        self.computed = {_storage(t) for m in model.modules() if has_hooks(m) for t in _tensors([*vars(m).values()])}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,6 +136,8 @@ class _RealTensors(TorchDispatchMode):
                         raise CaptureError("the forward writes to a tensor of the model, which a graph does not repeat")
         result = func(*args, **kwargs)
         inputs = {_storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
+        if not inputs.isdisjoint(self.computed):
+            raise CaptureError("the forward computes with a tensor that a hook replaces at every call")
         for tensor in _tensors(result):
             if _storage(tensor) not in inputs or func is torch.ops.aten.lift_fresh.default:
                 self.own[_storage(tensor)] = tensor.untyped_storage()
