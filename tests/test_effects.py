@@ -97,7 +97,10 @@ def test_a_constant_that_broadcasts_the_channels_is_no_factor_of_a_channel() -> 
     differ, may = "the channel counts differ and broadcast", "may broadcast the channels"
     agrees(usual(lambda s, x: s.b(s.a(s.one(x) * s.k)), **parts), fires=True, refused=differ)
     agrees(usual(lambda s, x: s.b(s.a(s.one(x).relu() + s.k)), **parts), fires=True, refused=differ)
-    agrees(usual(lambda s, x: s.b(s.a(x.sum(1, keepdim=True) * s.k)), **parts), fires=True, refused=may)
+    agrees(usual(lambda s, x: s.b(s.a(x.sum(1, keepdim=True) * s.k)), **parts), fires=True)
+    agrees(usual(lambda s, x: s.b(s.a(s.b(x).sum(1, keepdim=True) * s.k)), **parts), fires=True, refused=may)
+    first = torch.zeros(1, dtype=torch.long)
+    agrees(usual(lambda s, x: s.b(s.a(s.b(x).index_select(1, s.i) * s.k)), **parts, i=first), fires=True, refused=may)
     examples = torch.ones(2, 4, 5, 5, dtype=torch.float64)
     agrees(usual(lambda s, x: s.p(x.sum(1, True) * s.k), **parts), examples=examples, fires=False, refused=differ)
     agrees(usual(lambda s, x: s.p(x.cumsum(1) * s.k), **parts), examples=examples, fires=True)
