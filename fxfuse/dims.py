@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 Shape = tuple[Size, ...]
 ONE = Size(1)
-_SAME = {"batch_norm", "dropout", "identity", "neg", "channel_shuffle", "flip", "same", "layer_norm"}
+_SAME = {"batch_norm", "dropout", "identity", "neg", "channel_shuffle", "flip", "same", "cast", "layer_norm"}
 
 
 def product(sizes: Sequence[Size]) -> Size:

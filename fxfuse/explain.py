@@ -44,11 +44,12 @@ def _several_sources(view: View, node: Node, affine: Affine) -> list[Refusal]:
 def _lonely_norm(view: View, patterns: Selection, node: Node, affine: Affine, fused: Set[Node]) -> Refusal:
     """Why a batch norm stayed: what comes before it, or else what comes after it."""
     source, reader = affine.inputs[0][0], node
-    before, carried, between = view.affine.get(source), False, [source]
+    steps = {**view.carries, **view.affine}
+    before, carried, between = steps.get(source), False, [source]
     while before is not None and before.kind == "unary" and passes(before.op) and view.readers(source) == [reader]:
         carried |= before.op.kind in ("carry", "pool")
         source, reader = before.inputs[0][0], source
-        before = view.affine.get(source)
+        before = steps.get(source)
         between.append(source)
     absorbs = before is not None and (source in fused if before.kind != "unary" else before.op.weighted)
     if before is None or not absorbs:

@@ -18,6 +18,7 @@ from .call import Call
 from .dtypes import find_dtypes
 from .effects import rank_check
 from .fact import Fact, fact_of, known, of_shape, same_rank, same_shape
+from .kinds import is_number
 from .names import plain
 from .shaping import elementwise
 from .shaping import plain as plain_module
@@ -50,7 +51,7 @@ def _propagate(
     modules: Mapping[str, nn.Module],
     shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
-    facts = {n: known(n) for n in graph.nodes}
+    facts = {n: Fact(0, 0) if is_number(n) else known(n) for n in graph.nodes}
     for node, shape in shapes.items():
         facts[node] = of_shape(tuple(shape))
     nodes = list(graph.nodes)
@@ -133,7 +134,7 @@ def _spatial(x: Fact, out: Fact, spatial: int, channels: bool = False) -> None:
 def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
     sides = [fact_of(call.args[n], facts) for n in ("input", "other")]
     known = [f for f in sides if f is not None and f.high > 0]
-    if len(known) == 1 and len([f for f in sides if f is not None]) == 1:
+    if len(known) == 1:  # the other is a number
         same_shape(known[0], out)
         return
     if len(known) < 2:

@@ -50,6 +50,7 @@ class View:
     shapes: Mapping[Node, torch.Size]
     calls: dict[Node, Call] = field(default_factory=dict)
     passage: Passage = field(default_factory=Passage)
+    carries: Mapping[Node, Affine] = field(default_factory=dict)
 
     def data_users(self, node: Node) -> list[Node]:
         """Users that read more than its rank, dtype or size."""
@@ -131,7 +132,8 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     passage = find_passage(steps, view.readers)
     chosen = view.affine.keys() | passage.carries
     affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
-    return replace(view, affine=affine_nodes, passage=passage)
+    carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
+    return replace(view, affine=affine_nodes, passage=passage, carries=carries)
 
 
 def _resolved(args: dict[str, Any], constants: Mapping[Node, Any]) -> dict[str, Any]:
