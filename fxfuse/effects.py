@@ -104,7 +104,8 @@ def _written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) ->
         return [n for n in node.all_input_nodes if n is out or (isinstance(out, (tuple, list)) and n in out)]
     if (call is not None and call.inplace) or _writes_first(node, modules):
         first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        return [first] if isinstance(first, Node) else []
+        several = first if isinstance(first, (list, tuple)) else [first]  # torch._foreach_add_ writes a list
+        return [n for n in several if isinstance(n, Node)]
     if node.op == "call_module":
         module = modules[str(node.target)]
         own = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())

@@ -8,6 +8,7 @@ and its output; one pass forward, one back and one forward again carry them thro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,12 +49,12 @@ def _propagate(
     nodes = list(graph.nodes)
     for order in (nodes, nodes[::-1], nodes):
         for node in order:
-            _relate(node, calls.get(node), facts, modules)
+            _relate(node, calls, facts, modules)
     return facts
 
 
-def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Mapping[str, nn.Module]) -> None:
-    out = facts[node]
+def _relate(node: Node, calls: Mapping[Node, Call], facts: dict[Node, Fact], modules: Mapping[str, nn.Module]) -> None:
+    out, call = facts[node], calls.get(node)
     if call is None or call.op == "refused":
         _relate_other(node, out, facts, modules)
         return
@@ -102,19 +103,21 @@ def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Map
             out.axes.update(untouched)
     elif call.op in ("dropout", "identity", "neg", "channel_shuffle", "flip"):
         same_shape(x, out)
-    elif call.op in ("narrow", "index_select"):
+    elif call.op == "narrow":
+        same_rank(x, out)
+        _relate_part(call.args["dim"], call.args["length"], x, out)
+    elif call.op == "index_select":
         same_rank(x, out)
     elif call.op == "flatten" and call.args["start_dim"] == 1 and call.args["end_dim"] == -1:
         out.at_least(2)
         out.at_most(2)
     elif call.op == "getitem" and isinstance(source, Node):
-        if source.op in ("call_function", "call_method") and getattr(source.target, "__name__", source.target) in (
-            "chunk",
-            "split",
-        ):
-            tensor = source.args[0] if source.args else source.kwargs.get("input")
+        pieces = calls.get(source)
+        if pieces is not None and pieces.op in ("chunk", "split"):
+            tensor = pieces.args["input"]
             if isinstance(tensor, Node):
                 same_rank(facts[tensor], out)
+                _relate_piece(pieces, call.args["index"], facts[tensor], out)
         elif isinstance(call.args["index"], tuple) and all(isinstance(i, slice) for i in call.args["index"]):
             same_rank(x, out)
             _relate_slices(call.args["index"], x, out)
@@ -160,6 +163,30 @@ def _relate_slices(index: tuple[slice, ...], x: Fact, out: Fact) -> None:
         cut = index[axis + rank] if 0 <= axis + rank < len(index) else slice(None)
         if all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
             out.axes.setdefault(axis, len(range(*cut.indices(size))))
+
+
+def _relate_part(dim: Any, size: Any, x: Fact, out: Fact) -> None:
+    """A part of x, of `size` along `dim` and whole along the others."""
+    axis = dim - x.likely if isinstance(dim, int) and dim >= 0 and x.likely is not None else x.axis(dim)
+    if axis is None:
+        return
+    for other, n in x.axes.items():
+        if other != axis:
+            out.axes.setdefault(other, n)
+    if isinstance(size, int):
+        out.axes.setdefault(axis, size)
+
+
+def _relate_piece(call: Call, index: Any, x: Fact, out: Fact) -> None:
+    """One output of chunk or split."""
+    dim, sizes = call.args["dim"], call.args["chunks" if call.op == "chunk" else "split_size"]
+    axis = dim - x.likely if isinstance(dim, int) and dim >= 0 and x.likely is not None else x.axis(dim)
+    whole = None if axis is None else x.axes.get(axis)
+    if isinstance(sizes, int) and sizes > 0 and whole is not None:
+        size = -(-whole // sizes) if call.op == "chunk" else sizes
+        sizes = [min(size, whole - i) for i in range(0, whole, size)]
+    listed = isinstance(sizes, (list, tuple)) and isinstance(index, int) and -len(sizes) <= index < len(sizes)
+    _relate_part(dim, sizes[index] if listed else None, x, out)
 
 
 def _relate_cat(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
