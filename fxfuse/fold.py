@@ -30,7 +30,7 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
     No weight is read: shapes and dtypes are found on stand-ins. What is random, written in place
     or needs data to have a shape is no constant.
     """
-    written = effects.written_attributes() if effects.writes else set()
+    written = effects.written_attributes()
     found: dict[Node, Any] = {}
     samples: dict[Node, Any] = {}
     for node in graph.nodes:
