@@ -34,7 +34,7 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
     or needs data to have a shape is no constant.
     """
     written = effects.written() if effects.writes else set()
-    paths = {str(n.target) for n in written if n.op == "get_attr"}
+    paths = effects.written_attributes()
     found: dict[Node, Any] = {}
     samples: dict[Node, Any] = {}
     for node in graph.nodes:

@@ -121,7 +121,7 @@ class _RealTensors(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.own: dict[int, Any] = {}
-        self.computed = {_storage(t) for m in model.modules() if has_hooks(m) for t in _tensors([*vars(m).values()])}
+        self.computed = {storage(t) for m in model.modules() if has_hooks(m) for t in _tensors([*vars(m).values()])}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,15 +132,15 @@ class _RealTensors(TorchDispatchMode):
             for argument in func._schema.arguments:
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 for tensor in _tensors(named.get(argument.name)) if written else ():
-                    if _storage(tensor) not in self.own:
+                    if storage(tensor) not in self.own:
                         raise CaptureError("the forward writes to a tensor of the model, which a graph does not repeat")
         result = func(*args, **kwargs)
-        inputs = {_storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
+        inputs = {storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
         if not inputs.isdisjoint(self.computed):
             raise CaptureError("the forward computes with a tensor that a hook replaces at every call")
         for tensor in _tensors(result):
-            if _storage(tensor) not in inputs or func is torch.ops.aten.lift_fresh.default:
-                self.own[_storage(tensor)] = tensor.untyped_storage()
+            if storage(tensor) not in inputs or func is torch.ops.aten.lift_fresh.default:
+                self.own[storage(tensor)] = tensor.untyped_storage()
         return result
 
 
@@ -150,8 +150,9 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def storage(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 def _random_states() -> tuple[Any, ...]:

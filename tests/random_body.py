@@ -95,7 +95,7 @@ class Body:
         lengths, exact, count = [len(one) for one in lists], self.scope.exact, self.count
         try:
             statement(self, g)
-        except Rejected:
+        except (Rejected, RuntimeError):  # of some tensors that were written not even a copy can be had
             self.scope.exact, self.count = exact, count
             for one, length in zip(lists, lengths, strict=True):
                 del one[length:]

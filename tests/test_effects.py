@@ -12,6 +12,8 @@ from safety import agrees, usual
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import fxfuse
+
 EXAMPLES = torch.ones(2, 4, 5, 5, dtype=torch.float64)
 
 
@@ -91,16 +93,104 @@ def test_attributes_are_read_where_the_forward_reads_them() -> None:
     agrees(usual(lambda s, x: s.inner(s.writer(x.data)), writer=Writer(), inner=inner), fires=True)
 
 
+def list_written(self: Any, x: Tensor) -> Tensor:
+    y = self.p(x)
+    torch._foreach_mul_([x, y], 2.0)
+    return self.b(y) + self.b(self.a(x + x))
+
+
+def list_written_between(self: Any, x: Tensor) -> Tensor:
+    y = self.p(x)
+    z = y * 2
+    torch._foreach_mul_([x, y], 2.0)
+    return self.a(z) + y
+
+
+def test_every_tensor_of_a_list_is_written() -> None:
+    agrees(usual(list_written), refused="read elsewhere")
+    agrees(usual(list_written_between), fires=False)
+
+
+def unknown(x: Tensor) -> Tensor:
+    """Four channels, which only a run can tell."""
+    return torch.cat([x[:, :2], x.repeat(1, 2, 1, 1)[:, :2]], 1)
+
+
 def test_a_constant_that_broadcasts_the_channels_is_no_factor_of_a_channel() -> None:
     """One channel times (4, 1, 1) gives four; folded into the next layer, that would read one."""
     parts: dict[str, Any] = {"one": nn.Conv2d(4, 1, 1), "k": torch.arange(1, 5).double().view(4, 1, 1)}
     differ, may = "the channel counts differ and broadcast", "may broadcast the channels"
     agrees(usual(lambda s, x: s.b(s.a(s.one(x) * s.k)), **parts), fires=True, refused=differ)
     agrees(usual(lambda s, x: s.b(s.a(s.one(x).relu() + s.k)), **parts), fires=True, refused=differ)
-    agrees(usual(lambda s, x: s.b(s.a(x.sum(1, keepdim=True) * s.k)), **parts), fires=True)
-    agrees(usual(lambda s, x: s.b(s.a(s.a(x).sum(1, keepdim=True) * s.k)), **parts), fires=True, refused=differ)
-    first = torch.zeros(1, dtype=torch.long)
-    agrees(usual(lambda s, x: s.b(s.a(s.a(x).index_select(1, s.i) * s.k)), **parts, i=first), fires=True, refused=may)
+    agrees(usual(lambda s, x: s.b(s.a(unknown(s.a(x)) * s.k)), **parts), fires=True, refused=may)
     examples = torch.ones(2, 4, 5, 5, dtype=torch.float64)
     agrees(usual(lambda s, x: s.p(x.sum(1, True) * s.k), **parts), examples=examples, fires=False, refused=differ)
     agrees(usual(lambda s, x: s.p(x.cumsum(1) * s.k), **parts), examples=examples, fires=True)
+
+
+class Total(nn.Module):
+    """Cannot be traced, and changes what others may read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Buffer(torch.ones(4, 1, 1))
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            self.factor.mul_(2)
+            self.conv.weight.data.mul_(2)
+        return x
+
+
+STATISTICS = (
+    lambda s, x: s.b(s.a(F.batch_norm(s.p(x), s.b.running_mean, s.b.running_var, training=True))),
+    lambda s, x: s.b(s.a(F.batch_norm(s.p(x), s.same.running_mean, s.same.running_var, training=True))),
+    lambda s, x: s.b(s.a(F.instance_norm(s.p(x), s.same.running_mean, s.same.running_var))),
+)
+
+
+@pytest.mark.parametrize("forward", STATISTICS)
+def test_statistics_updated_under_any_name_are_not_folded(forward: Any) -> None:
+    model = usual(forward)
+    model.same = model.b
+    agrees(model, fires=False, refused="the forward itself writes its weights")
+
+
+def taken_over(self: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y.set_(x)
+    y += self.p(y)
+    return y
+
+
+def test_a_tensor_that_takes_over_the_memory_of_another() -> None:
+    agrees(usual(taken_over), fires=False, refused="writes a tensor in place that is read elsewhere")
+
+
+def test_some_branches_of_a_concatenation_along_another_axis() -> None:
+    """Two of three can be merged on the channels, which is not where they are concatenated."""
+    model = usual(lambda s, x: torch.cat([F.avg_pool2d(x, 3, 1, 1), s.a(x).relu(), s.a(x), s.o(x)], -1))
+    model.o = nn.Conv2d(4, 4, 3, padding=1).double()
+    agrees(model, fires=False)
+    forced = fxfuse.optimize(model.eval(), patterns=["concat!"])
+    torch.testing.assert_close(forced(EXAMPLES), model(EXAMPLES))
+
+
+def test_what_a_module_kept_whole_may_write_is_not_folded() -> None:
+    reason = "the forward itself writes its weights"
+    agrees(usual(lambda s, x: s.b(s.a(s.t(x))) + s.p(x) * s.t.factor, t=Total()), fires=True)
+    agrees(usual(lambda s, x: s.b(s.t.conv(s.t(x))), t=Total()), fires=False, refused=reason)
+    model = usual(lambda s, x: s.b(s.p(s.t(x))), t=Total())
+    model.p.weight = model.t.conv.weight
+    agrees(model, fires=False, refused=reason)
+
+
+def test_a_weight_written_under_another_name_is_not_folded() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.p.weight.data.mul_(2)
+        return cast(Tensor, self.b(self.other(x)))
+
+    model = usual(forward, other=nn.Conv2d(4, 4, 1))
+    model.other.weight = model.p.weight
+    agrees(model, fires=False, refused="the forward itself writes its weights")
