@@ -51,6 +51,7 @@ def agrees(
     examples: Any = None,
     fires: bool | None = None,
     refused: str = "",
+    capture: str | None = None,
 ) -> GraphModule:
     """The optimized model does what eager does, call after call, and the model stays as it was.
 
@@ -60,7 +61,7 @@ def agrees(
     """
     model.eval()
     before, state = fingerprint(model), torch.get_rng_state()
-    fused = fxfuse.optimize(model, examples)
+    fused = fxfuse.optimize(model, examples, capture=capture)
     assert torch.equal(state, torch.get_rng_state())
     report = fxfuse.report(fused)
     if fires is not None:
