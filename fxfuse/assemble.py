@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from .capture import HOOKS, Captured
 from .copying import copied
+from .reader import Reader
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 
@@ -57,7 +58,7 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], 
             state[target] = _copied(getattr(holder, name), memo)
             if name in holder._non_persistent_buffers_set:
                 hidden.append(target)
-    graph.owning_module = None
+    graph.owning_module, graph._tracer_cls = None, Reader
     loose = [(m, t.rpartition(".")[2]) for t in state if (m := _holder(t, state)) is not None]
     for module, name in loose:
         del module.__dict__[name]

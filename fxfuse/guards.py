@@ -84,7 +84,9 @@ def attributes(model: nn.Module, buffers: bool = False) -> Iterator[None]:
             original(module, name, value)
             return
         path = f"{known[id(module)]}.{name}".lstrip(".")
-        if buffers and isinstance(value, Tensor) and name in module._buffers:
+        # an RNN keeps lists of its weights, which torch.export exchanges for fake ones
+        listed = isinstance(module, nn.RNNBase) and name.startswith("_flat_weight")
+        if buffers and (listed or (isinstance(value, Tensor) and name in module._buffers)):
             original(module, name, value)
             return
         if not _is_itself(value, path) and not _same(module.__dict__.get(name, _same), value):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .constants import model_values
+from .fold import tensor_at
 from .materialize import tensors
 from .refusal import Refusal
 from .report import Report
@@ -64,6 +65,8 @@ def refresh(fused: nn.Module, model: nn.Module) -> nn.Module:
     targets = dict(fused.named_parameters(remove_duplicate=False)) | dict(fused.named_buffers(remove_duplicate=False))
     for name, target in targets.items():
         value = fresh.setdefault(name, source.get(name))
+        if value is None:  # a plain tensor among the model's attributes, which a graph holds as a buffer
+            value = fresh[name] = tensor_at(model, name)
         if value is None or value.shape != target.shape:
             raise ValueError(f"{type(model).__name__} has no such tensor as {name} of {tuple(target.shape)}")
     with torch.no_grad():

@@ -111,8 +111,10 @@ class Rewriter:
     def _release(self, sites: Iterable[Site]) -> None:
         """Free the names of modules and attributes that only the fused sites use."""
         fused = {n for s in sites for n in s.nodes()}
-        kept = {str(n.target) for n in self.graph.nodes if n.op == "call_module" and n not in fused}
-        kept |= {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and not set(n.users) <= fused}
+        for node in reversed(self.graph.nodes):  # with what only they read of the weights
+            if node in self.view.constants and node.users and fused.issuperset(node.users):
+                fused.add(node)
+        kept = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr") and n not in fused}
         self.taken = kept
         self.above = {a for name in kept for a in _above(name)}
 
