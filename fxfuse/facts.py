@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from . import ranks
@@ -234,7 +235,10 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
         if type(module) in _POOL_MODULES and plain_module(module) and not getattr(module, "return_indices", False):
             _spatial(facts[source], out, _POOL_MODULES[type(module)], channels=True)
     elif node.op == "call_function":
-        if (name := plain(node.target)) in _POOL_NAMES:
+        several = (
+            isinstance(node.target, OpOverload) and len(node.target._schema.returns) > 1
+        )  # a value and its indices
+        if (name := plain(node.target)) in _POOL_NAMES and not several:
             _spatial(facts[source], out, _POOL_NAMES[name], channels=True)
         elif check := rank_check(node):
             facts[check[0]].at_least(check[1])
