@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from .assemble import spelled
 from .constants import model_values
 from .materialize import tensors
 from .refusal import Refusal
@@ -48,7 +49,8 @@ def refresh(fused: GraphModule, model: nn.Module) -> GraphModule:
     """
     content = stored(fused)
     fresh = _fused_weights(content, model)
-    source = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    source = {spelled(model, name): tensor for name, tensor in state}
     targets = dict(fused.named_parameters(remove_duplicate=False)) | dict(fused.named_buffers(remove_duplicate=False))
     for name, target in targets.items():
         value = fresh.setdefault(name, source.get(name, content["constants"].get(name)))
