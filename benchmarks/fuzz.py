@@ -46,7 +46,10 @@ def signature(program: Program) -> tuple[str, str] | None:
 
 def examine(seed: int) -> tuple[int, str, str]:
     """(seed, what became of it, the failing model as text)."""
-    program = seeded(seed)
+    try:
+        program = seeded(seed)
+    except Exception:  # a mistake of the fuzz itself must not end the hunt
+        return seed, "NOT WRITTEN", traceback.format_exc(limit=-3)
     try:
         outcome = check(program)
     except NoModel:
@@ -79,7 +82,7 @@ def main() -> int:
                 tqdm.write(f"\nseed {seed}\n{text}")
     print(f"seeds {seeds.start} to {seeds.stop - 1}:", ", ".join(f"{n} {k}" for k, n in counts.most_common()))
     print(f"go on with --seed {seeds.stop}")
-    return 1 if counts["FAILED"] else 0
+    return 1 if counts["FAILED"] + counts["NOT WRITTEN"] else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,14 @@ from .copying import copied
 from .reader import Reader
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
+
+# What torch keeps beside the hooks of a module: which of them take keyword arguments, and so on.
+FLAGS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_is_full_backward_hook",
+)
 
 
 @dataclass(frozen=True)
@@ -45,15 +54,18 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], 
     state: dict[str, Any] = {}
     hidden: list[str] = []
     for node in graph.nodes:
-        target = str(node.target)
-        if target in state or node.op not in ("call_module", "get_attr"):
+        if node.op not in ("call_module", "get_attr"):
             continue
-        if target in layers:
-            state[target] = layers[target]
-        elif target in captured.constants:
-            state[target] = _copied(captured.constants[target], memo)
+        path = str(node.target)
+        node.target = target = path if path in layers else spelled(root, path)
+        if target in state:
+            continue
+        if path in layers:
+            state[target] = layers[path]
+        elif path in captured.constants:
+            state[target] = _copied(captured.constants[path], memo)
         else:
-            owner, _, name = target.rpartition(".")
+            owner, _, name = path.rpartition(".")
             holder = root.get_submodule(owner)
             state[target] = _copied(getattr(holder, name), memo)
             if name in holder._non_persistent_buffers_set:
@@ -72,9 +84,23 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], 
     for target in hidden:
         owner, _, name = target.rpartition(".")
         result.get_submodule(owner)._non_persistent_buffers_set.add(name)
-    flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
-    keep(result, {name: getattr(root, name) for name in (*HOOKS, *flags) if getattr(root, name, None)})
+    keep(result, {name: getattr(root, name) for name in (*HOOKS, *FLAGS) if getattr(root, name, None)})
     return result
+
+
+def spelled(root: nn.Module, path: str) -> str:
+    """`path` with an underscore behind keywords of Python: a graph's code cannot say `self.heads.class`."""
+    if not any(map(keyword.iskeyword, path.split("."))):
+        return path
+    module: Any = root
+    names = []
+    for part in path.split("."):
+        name = part
+        while keyword.iskeyword(name) or (name != part and hasattr(module, name)):
+            name += "_"
+        names.append(name)
+        module = getattr(module, part, None)
+    return ".".join(names)
 
 
 def _holder(target: str, state: Mapping[str, Any]) -> nn.Module | None:

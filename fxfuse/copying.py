@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """A deep copy; tensors that deepcopy refuses are copied as plain values.
 
-    These are computed ones (by weight_norm, pruning, ...) and those of a class that does not say how to copy it.
+    These are computed ones (by weight_norm, pruning, ...), sparse ones, and those of a class that does not say
+    how to copy it.
     """
     memo = {} if memo is None else memo
     values = [value]
@@ -22,14 +24,15 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
         if isinstance(tensor, Tensor) and id(tensor) not in memo:
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
-            elif type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-                memo[id(tensor)] = _subclass_copied(tensor)
+            elif type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
+                memo[id(tensor)] = _special(tensor)
     return copy.deepcopy(value, memo)
 
 
-def _subclass_copied(tensor: Tensor) -> Tensor:
+def _special(tensor: Tensor) -> Tensor:
+    """A copy of a tensor of another class or layout."""
     try:
         return copy.deepcopy(tensor)
-    except RuntimeError:  # torch asks such a class for a __deepcopy__ or a new_empty
+    except RuntimeError:  # a class without a __deepcopy__ of its own, a sparse parameter
         clone = tensor.detach().clone()
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone

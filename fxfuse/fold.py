@@ -56,14 +56,14 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
 
 
 def tensor_at(root: nn.Module, path: str) -> Tensor | None:
-    """The plain tensor `root` holds at `path`; None for anything else, tensor subclasses included."""
+    """The plain tensor `root` holds at `path`; None for anything else, subclasses and sparse ones included."""
     value: Any = root
     for name in path.split("."):
         value = getattr(value, name, None)
     ordinary = type(value) in (Tensor, nn.Parameter, nn.Buffer) or (
         isinstance(value, Tensor) and type(value).__torch_function__ is torch._C._disabled_torch_function_impl
     )
-    return value if ordinary else None
+    return value if ordinary and value.layout is torch.strided else None
 
 
 def _replaced_by_hook(root: nn.Module, path: str) -> bool:

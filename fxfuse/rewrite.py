@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from . import schema
 from .algebra import needs_pad
 from .asked import answers
-from .assemble import assemble
+from .assemble import assemble, spelled
 from .call import SEVERAL
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
@@ -121,7 +121,7 @@ class Rewriter:
     def _name(self, op: Operator) -> str:
         """Path of the layer for `op`: that of the weight it replaces, made unique if still in use."""
         if op not in self.names:
-            base = op.path or "fused"
+            base = spelled(self.view.captured.root, op.path or "fused")
             name, count = base, 0
             while name in self.taken or name in self.above or not self.taken.isdisjoint(_above(name)):
                 count += 1
@@ -304,7 +304,9 @@ class Rewriter:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
-        return self.view.captured.modules | self.layers
+        captured = self.view.captured
+        known = {spelled(captured.root, path): module for path, module in captured.modules.items()}
+        return captured.modules | known | self.layers
 
     def params(self) -> int:
         """Parameters that the rewritten graph uses, each tensor once."""

@@ -136,6 +136,8 @@ def nested(body: Body, g: Reader) -> None:
         except Exception as error:
             raise Rejected from error
         texts.append(text)
+        if not probe.numel():
+            raise Rejected
     m = body.declare("n", kind.format(", ".join(texts), texts[0]))
     if kind.startswith("Stacked"):
         body.assign(f"sum(v.sum() for v in {m}({x})) + {x}" if g.chance(3) else f"{m}({x})[-1]")
