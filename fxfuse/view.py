@@ -118,7 +118,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
 def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     """The view with those carries among its affine nodes that lie between a factor and a layer."""
     graph = view.captured.graph
-    if not any(a.op.kind == "scale" for a in view.affine.values()):
+    if not any(_apart(node, view) for node in view.affine):
         return view
     dims = Dims(graph, view.calls, shapings, view.facts, view.captured.modules)
     steps = dict[Node, Affine]()
@@ -134,6 +134,14 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
     carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
     return replace(view, affine=affine_nodes, passage=passage, carries=carries)
+
+
+def _apart(node: Node, view: View) -> bool:
+    """Whether a node is a factor that follows no layer."""
+    affine = view.affine[node]
+    before = view.affine.get(affine.inputs[0][0])
+    follows = before is not None and before.kind == "unary" and before.op.kind in ("conv", "scale", "identity")
+    return affine.kind == "unary" and affine.op.kind == "scale" and not follows
 
 
 def _resolved(args: dict[str, Any], constants: Mapping[Node, Any]) -> dict[str, Any]:
