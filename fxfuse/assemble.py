@@ -18,14 +18,18 @@ STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.D
 
 
 @dataclass(frozen=True)
-class KeepHooks:
-    """Gives a GraphModule the hooks of the model; its deepcopy would lose them."""
+class Keep:
+    """Gives a GraphModule the hooks of the model and hides its non-persistent buffers; its deepcopy would lose both."""
 
     hooks: dict[str, Any]
+    hidden: tuple[str, ...]
 
     def __call__(self, module: GraphModule) -> None:
         for name, hooks in self.hooks.items():
             setattr(module, name, copy.copy(hooks))
+        for target in self.hidden:
+            owner, _, name = target.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
 
 def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module]) -> GraphModule:
@@ -53,13 +57,10 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module]) 
     for module in result.modules():
         if type(module) is nn.Module:  # the containers that GraphModule made for the paths
             module.training = False
-    for target in hidden:
-        owner, _, name = target.rpartition(".")
-        result.get_submodule(owner)._non_persistent_buffers_set.add(name)
     flags = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
     hooks = {name: getattr(root, name) for name in (*HOOKS, *flags) if getattr(root, name, None)}
-    if hooks:
-        keep = KeepHooks(hooks)
+    if hooks or hidden:
+        keep = Keep(hooks, tuple(hidden))
         keep(result)
         result._register_deepcopy_hook(keep)
     return result
