@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
 from .aten import whole_slice
 from .conditions import VARIES, Conditions, conditions, input_values, number
@@ -107,6 +108,13 @@ def _equal(a: Any, b: Any) -> bool:
     return both and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
+def _quotient(dividend: Any, divisor: Any) -> Any:
+    """dividend // divisor; where it comes out even, without the division."""
+    exact = (dividend / divisor).expand() if divisor.is_Integer else None
+    even = exact is not None and all(c.is_Integer for c in exact.as_coefficients_dict().values())
+    return exact if even else FloorDiv(dividend, divisor)
+
+
 def _steps(program: Any, at: Mapping[str, int]) -> Iterator[tuple[Node, Any, list[int | None]]]:
     """Every operation on tensors in a form that compares equal across programs, its numbers worked out for batch `at`.
 
@@ -118,7 +126,8 @@ def _steps(program: Any, at: Mapping[str, int]) -> Iterator[tuple[Node, Any, lis
         if isinstance(value, Node):
             return ("%", position[value]) if value in position else plain(value.meta.get("val"))
         if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-            return str(value.node.expr.subs({s: at[s.name] for s in value.node.expr.free_symbols if s.name in at}))
+            sizes = {s: at[s.name] for s in value.node.expr.free_symbols if s.name in at}
+            return str(value.node.expr.subs(sizes).replace(FloorDiv, _quotient).expand())
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, (list, tuple)):

@@ -28,19 +28,26 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Keep:
-    """Gives a GraphModule hooks or plain attributes of the model; its deepcopy would lose them."""
+    """Gives a GraphModule hooks or plain attributes of the model, and hides its non-persistent buffers.
+
+    A deepcopy of it would lose all three.
+    """
 
     attributes: dict[str, Any]
+    hidden: tuple[str, ...] = ()
 
     def __call__(self, module: GraphModule) -> None:
         for name, value in self.attributes.items():
             setattr(module, name, copy.copy(value))
+        for target in self.hidden:
+            owner, _, name = target.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
 
-def keep(module: GraphModule, attributes: dict[str, Any]) -> None:
-    """Set `attributes` on a GraphModule so that copies of it have them too."""
-    if attributes:
-        kept = Keep(attributes)
+def keep(module: GraphModule, attributes: dict[str, Any], hidden: tuple[str, ...] = ()) -> None:
+    """Set `attributes` on a GraphModule, and hide its buffers `hidden` from the state dict, in copies of it too."""
+    if attributes or hidden:
+        kept = Keep(attributes, hidden)
         kept(module)
         module._register_deepcopy_hook(kept)
 
@@ -81,10 +88,7 @@ def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], 
     for module in result.modules():
         if type(module) is nn.Module:  # the containers that GraphModule made for the paths
             module.training = False
-    for target in hidden:
-        owner, _, name = target.rpartition(".")
-        result.get_submodule(owner)._non_persistent_buffers_set.add(name)
-    keep(result, {name: getattr(root, name) for name in (*HOOKS, *FLAGS) if getattr(root, name, None)})
+    keep(result, {n: getattr(root, n) for n in (*HOOKS, *FLAGS) if getattr(root, n, None)}, tuple(hidden))
     return result
 
 

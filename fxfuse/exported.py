@@ -7,6 +7,7 @@ capture is refused.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections import OrderedDict
@@ -58,7 +59,9 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
             last = error
             if isinstance(error, CaptureError):  # which no other sizes would help
                 break
-    run_copy(model, inputs)
+    if not isinstance(last, CaptureError):
+        with restored(model):
+            run_copy(model, inputs)  # or is it the inputs that do not fit?
     assert last is not None
     raise CaptureError(f"{type(model).__name__} cannot be exported{_where(last)}; {REMEDY}") from last
 
@@ -69,7 +72,8 @@ def _program(model: nn.Module, inputs: tuple[Any, ...], dims: int | None) -> Any
     def sizes(value: Any) -> Any:
         return dict.fromkeys(range(value.dim())[:dims], torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
 
-    shapes, own = pytree.tree_map(sizes, inputs), pytree.tree_map_only(Tensor, _own, inputs)
+    given = inspect.signature(model.forward).bind(*inputs).arguments
+    shapes, own = pytree.tree_map(sizes, dict(given)), pytree.tree_map_only(Tensor, _own, inputs)
     with ExitStack() as stack:
         for context in (_quiet(), _unchanged(model), torch.enable_grad(), _sizes_of_one(), _PlainSizes()):
             stack.enter_context(context)

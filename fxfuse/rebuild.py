@@ -170,11 +170,13 @@ class _Rebuilder:
             raise CaptureError(f"the forward uses {target}, a {type(tensor).__name__} that a graph cannot hold")
         if id(tensor) in self.paths:
             return self.paths[id(tensor)]
-        if tensor_at(self.model, target) is not tensor:
-            while tensor_at(self.model, target) is not None or self.constants.get(target, tensor) is not tensor:
-                target += "_"
-            self.constants[target] = tensor
-        return target
+        if tensor_at(self.model, target) is tensor:
+            return target
+        name = target.replace(".", "_")
+        while hasattr(self.model, name) or self.constants.get(name, tensor) is not tensor:
+            name += "_"
+        self.constants[name] = tensor
+        return name
 
     def _know(self, new: Node, node: Node) -> None:
         value = node.meta.get("val")
