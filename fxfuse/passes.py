@@ -15,13 +15,13 @@ from .copying import copied
 from .cost import CostFunction
 from .hierarchy import Part
 from .pattern import Selection
-from .plan import Plan, Planner
-from .raising import raise_size_readers
+from .plan import Planner
 from .refresh import Replay
 from .refusal import Refusal
 from .report import Fired, Totals
 from .rewrite import Rewriter, drop_identities
 from .shapes import propagate
+from .sites import Plan
 from .view import View, look
 
 
@@ -42,7 +42,6 @@ class Pass:
         params = _numbers(part.module)
         before = describe.totals(captured.graph, captured.modules, params, None)
         drop_identities(captured)
-        raise_size_readers(captured)
         view = look(captured, propagate(captured, inputs))
         before = Totals(before.nodes, before.params, describe.macs(view), before.ops)
         return Pass(part, view, Planner(view, selection, price).run(), before, params)
