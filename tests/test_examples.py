@@ -29,12 +29,17 @@ CLAIMS = {
         r"with the pattern: 2 conv, error [\d.]+e-\d+\nwithout: 4 conv; .*would cost more"
     ),
     "refresh": r"optimize: \d+ ms, refresh: \d+ ms\ndifference after a training step: \S+, after refresh: \S+e-\d+",
+    "torch_compile": (
+        r"first call, compiles .*difference \S+e-\d+\nsecond call .*after a weight changed .*and again .*"
+        r"after load_state_dict .*fxfuse: graph 0/0: would fuse 5 sites"
+    ),
 }
+WORDS = {"torch_compile": ["aot_eager"]}
 
 
 def output(name: str, folder: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *WORDS.get(name, [])]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
