@@ -20,7 +20,7 @@ from .arguments import (
     unary,
 )
 from .call import Call
-from .constants import Apply, Attr
+from .constants import Apply, Attr, leaves
 from .record import IDENTITY, Operator, pointwise
 from .refusal import Refusal
 
@@ -64,10 +64,9 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
 
 
 def _owner(weight: Attr | Apply, node: Node) -> str:
-    """The module that holds the weight of a functional call; the node's name when none does."""
-    if isinstance(weight, Attr) and "." in weight.path:
-        return weight.path.rpartition(".")[0]
-    return node.name
+    """The module that holds the weight of a functional call, or what it is computed from; else the node's name."""
+    owners = (a.path.rpartition(".")[0] for a in leaves(weight))
+    return next(filter(None, owners), node.name)
 
 
 def _computed_weight(call: Call) -> Refusal:
