@@ -57,7 +57,7 @@ class Effects:
             targets = _written(node, calls.get(node), modules)
             if targets:
                 self.writes[node] = targets
-            fresh = _fresh(node, calls.get(node), modules) if node.target == "set_" or not targets else True
+            fresh = bool(targets) or _fresh(node, calls.get(node), modules)
             for source in targets if fresh else node.all_input_nodes:
                 self.classes.union(node, source)
         self._members: dict[Node, list[Node]] = {}

@@ -38,6 +38,9 @@ HOOKS = (
 _NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
 CHECKED = "fxfuse_default"
+_RESHAPES = set(
+    "squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ resize_ resize_as_ as_strided_ set_ rename_".split()
+)
 _ATTRIBUTES = {n: inspect.getattr_static(Tensor, n) for n in dir(Tensor) if not n.startswith("_")}
 _PROPERTIES = {n for n, a in _ATTRIBUTES.items() if isinstance(a, (property, GetSetDescriptorType))}
 
@@ -152,6 +155,9 @@ class FuseTracer(Tracer):
         return self.create_node("call_function", cls, (self.create_arg(dict(value)),), {})
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        name = args[1] if isinstance(args[1], str) else getattr(args[1], "__name__", "")
+        if name in _RESHAPES and args[0] in ("call_method", "call_function"):
+            raise CaptureError(f"the forward calls {name}, after which the same tensor has another shape")
         node = super().create_node(*args, **kwargs)
         now = _modes()
         if now[1:] != self._modes[1:]:
