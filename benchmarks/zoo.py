@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from tqdm import tqdm
@@ -113,14 +114,14 @@ def run(names: list[str], options: Record, jobs: int, timeout: float, results: P
     context = multiprocessing.get_context(METHOD)
     if METHOD == "forkserver":  # torch is imported once, not once for each model
         context.set_forkserver_preload(["benchmarks.zoo_check", "timm", "torchvision"])
-    terminal, done = sys.stderr.isatty(), dict[str, Record]()
+    terminal, done, running = sys.stderr.isatty(), dict[str, Record](), set[Any]()
     with (
         tempfile.TemporaryDirectory() as logs,
         ThreadPoolExecutor(jobs) as pool,
         results.open("a") as file,
         tqdm(total=len(names), desc="zoo", disable=not terminal) as bar,
     ):
-        one = partial(attempt, options=options, timeout=timeout, context=context, logs=Path(logs))
+        one = partial(attempt, options=options, timeout=timeout, context=context, logs=Path(logs), running=running)
         futures = [pool.submit(one, n) for n in names]
         try:
             for future in as_completed(futures):
@@ -131,14 +132,16 @@ def run(names: list[str], options: Record, jobs: int, timeout: float, results: P
                 bar.update()
                 if not terminal or record["status"] != "ok" or record.get("unexplained"):
                     bar.write(f"[{len(done)}/{len(names)}] {describe(record)}")
-        except BaseException:  # an interrupt: what has not started will not
+        except BaseException:  # an interrupt: what has not started will not, and what has ends here
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.kill()
             raise
     return done
 
 
-def attempt(name: str, options: Record, timeout: float, context: Any, logs: Path) -> Record:
-    """The record of one model, whatever becomes of the process that checks it."""
+def attempt(name: str, options: Record, timeout: float, context: Any, logs: Path, running: set[Any]) -> Record:
+    """The record of one model, whatever becomes of the process that checks it; that is in `running` meanwhile."""
     from .zoo_check import in_process
 
     start = time.perf_counter()
@@ -146,6 +149,7 @@ def attempt(name: str, options: Record, timeout: float, context: Any, logs: Path
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=in_process, args=(name, options, sender, str(log)), daemon=True)
     process.start()
+    running.add(process)
     sender.close()
     try:
         if receiver.poll(timeout):
@@ -153,12 +157,13 @@ def attempt(name: str, options: Record, timeout: float, context: Any, logs: Path
             process.join(10)
         else:
             record = {"model": name, "status": "timeout", "message": f"not done after {timeout:g} s"}
-    except EOFError:  # it is gone and has sent nothing
+    except (EOFError, OSError, UnpicklingError):  # it is gone, and has sent nothing or a part
         process.join()
         record = {"model": name, "status": "crash", "message": f"the process {_death(process.exitcode)}"}
         record["traceback"] = log.read_text(errors="replace")[-4000:] if log.exists() else ""
     finally:
         process.kill()
+        running.discard(process)
         receiver.close()
     return record | {"total_s": time.perf_counter() - start}
 

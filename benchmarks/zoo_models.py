@@ -156,6 +156,7 @@ def calibrate(model: nn.Module, args: Any, seed: int = 0) -> None:
     """Running statistics near what the batch norms see on these inputs, in place; off by up to half a deviation.
 
     With quite random ones a deep model saturates: its output is the same for every input, its boxes all score alike.
+    No variance is far below the mean one, or a nearly constant channel would become one of magnified rounding errors.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -166,7 +167,7 @@ def calibrate(model: nn.Module, args: Any, seed: int = 0) -> None:
         noise = torch.rand(2, x.shape[0], generator=generator, dtype=torch.float64)
         var = x.var(1, correction=0)
         norm.running_mean.copy_(x.mean(1) + (noise[0] - 0.5) * var.sqrt())
-        norm.running_var.copy_((var + 1e-3 * var.mean() + 1e-6) * (0.5 + noise[1]))
+        norm.running_var.copy_((var + 0.5 * var.mean() + 1e-6) * (0.5 + noise[1]))
 
     norms = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
     hooks = [m.register_forward_pre_hook(note) for m in norms]

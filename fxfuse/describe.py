@@ -16,7 +16,7 @@ from .report import Fired, Totals
 from .sites import Fuse, Plan, fuses
 from .view import View
 
-_ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}
+_ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "addmm": "linear"}
 
 
 def totals(graph: Graph, modules: Mapping[str, nn.Module], params: int, macs: int | None) -> Totals:

@@ -20,7 +20,7 @@ from .arguments import (
     unary,
 )
 from .call import Call
-from .constants import Apply, Attr
+from .constants import Apply, Attr, leaves
 from .record import IDENTITY, Operator, pointwise
 from .refusal import Refusal
 
@@ -64,10 +64,9 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
 
 
 def _owner(weight: Attr | Apply, node: Node) -> str:
-    """The module that holds the weight of a functional call; the node's name when none does."""
-    if isinstance(weight, Attr) and "." in weight.path:
-        return weight.path.rpartition(".")[0]
-    return node.name
+    """The module that holds the weight of a functional call, or all it is computed from; else the node's name."""
+    owners = {a.path.rpartition(".")[0] for a in leaves(weight)}
+    return (owners.pop() if len(owners) == 1 else "") or node.name
 
 
 def _computed_weight(call: Call) -> Refusal:
@@ -168,6 +167,10 @@ def _dropout(call: Call, facts: Facts, node: Node) -> Affine | None:
     return unary(call, replace(IDENTITY, path=call.path or node.name)) if call.args["training"] is False else None
 
 
+def _identity(call: Call, facts: Facts, node: Node) -> Affine:
+    return unary(call, replace(IDENTITY, path=call.path or node.name))
+
+
 LAYERS = {
     "conv": _conv,
     "conv_transpose": _conv,
@@ -176,4 +179,5 @@ LAYERS = {
     "avg_pool": _avg_pool,
     "pad": _pad,
     "dropout": _dropout,
+    "identity": _identity,
 }

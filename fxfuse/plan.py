@@ -262,7 +262,7 @@ class Planner:
     def _group(
         self, join: Join, branches: list[_Option], group: tuple[int, ...], area: Fraction
     ) -> tuple[Price, Fuse] | None:
-        op = self._merge(join.kind, [branches[i].op for i in group])
+        op = _on_axis(join, self._merge(join.kind, [branches[i].op for i in group]))
         part = replace(join, branches=tuple(join.branches[i] for i in group))
         return self._fusable(op, [part], area)
 
@@ -278,17 +278,14 @@ class Planner:
             if i == j:
                 return branches[i].price
             part = replace(join, branches=join.branches[i : j + 1])
-            fused = self._fusable(merged(i, j), [part], after)
+            fused = self._fusable(_on_axis(join, merged(i, j)), [part], after)
             return None if fused is None else fused[0]
 
         return self._joined(join, branches, cut(len(branches), price), after)
 
     def _joined(self, join: Join, branches: list[_Option], groups: list[tuple[int, ...]], area: Fraction) -> _Option:
         """The option of a join whose branches are merged by `groups`."""
-        whole = self._merge(join.kind, [b.op for b in branches])
-        if isinstance(whole, Operator) and join.spatial not in (None, whole.spatial):
-            whole = Refusal("the concatenated axis is not the channel axis of its inputs")
-            groups = [(i,) for i in range(len(branches))]
+        whole = _on_axis(join, self._merge(join.kind, [b.op for b in branches]))
         price, pieces, notes = FREE, list[tuple[Segment, ...]](), list[Refusal]()
         for group in groups:
             fused = self._group(join, branches, group, area) if len(group) > 1 else None
@@ -308,6 +305,12 @@ class Planner:
             return _Option(price, (replace(pieces[0][0], parts=(join,)),), whole, tuple(notes))
         rejoin = Rejoin(join, tuple(pieces), merged=len(groups) < len(branches))
         return _Option(price, (rejoin,), whole, tuple(notes))
+
+
+def _on_axis(join: Join, op: Operator | Refusal) -> Operator | Refusal:
+    if isinstance(op, Refusal) or join.spatial in (None, op.spatial):
+        return op
+    return Refusal("the concatenated axis is not the channel axis of its inputs")
 
 
 def _rank(op: Operator | Refusal) -> int:

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from . import schema
 from .algebra import needs_pad
 from .asked import answers
-from .assemble import assemble
+from .assemble import assemble, spelled
 from .call import SEVERAL
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
@@ -111,15 +111,17 @@ class Rewriter:
     def _release(self, sites: Iterable[Site]) -> None:
         """Free the names of modules and attributes that only the fused sites use."""
         fused = {n for s in sites for n in s.nodes()}
-        kept = {str(n.target) for n in self.graph.nodes if n.op == "call_module" and n not in fused}
-        kept |= {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and not set(n.users) <= fused}
+        for node in reversed(self.graph.nodes):  # with what only they read of the weights
+            if node in self.view.constants and node.users and fused.issuperset(node.users):
+                fused.add(node)
+        kept = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr") and n not in fused}
         self.taken = kept
         self.above = {a for name in kept for a in _above(name)}
 
     def _name(self, op: Operator) -> str:
         """Path of the layer for `op`: that of the weight it replaces, made unique if still in use."""
         if op not in self.names:
-            base = op.path or "fused"
+            base = spelled(self.view.captured.root, op.path or "fused")
             name, count = base, 0
             while name in self.taken or name in self.above or not self.taken.isdisjoint(_above(name)):
                 count += 1
@@ -308,7 +310,9 @@ class Rewriter:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
-        return self.view.captured.modules | self.layers
+        captured = self.view.captured
+        known = {spelled(captured.root, path): module for path, module in captured.modules.items()}
+        return captured.modules | known | self.layers
 
     def params(self) -> int:
         """Parameters that the rewritten graph uses, each tensor once."""

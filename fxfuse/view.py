@@ -89,7 +89,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
     facts = infer(graph, calls, shapings, modules, shapes)
     fills = border_fills(calls, facts, effects.position)
     effects.forget(n for fill in fills.values() for n in fill.writes)
-    written = effects.written_attributes() if effects.writes else set()
+    written = effects.written_attributes()
     affine: dict[Node, Affine] = {}
     refused: dict[Node, Refusal] = {}
     for node, call in calls.items():
