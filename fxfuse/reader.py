@@ -13,8 +13,10 @@ from torch.fx import Graph, Proxy, Tracer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .tracer import DictTracer
 
-class Reader(Tracer):
+
+class Reader(DictTracer):
     """Records every call in the code of a graph, those of buffers and of nothing too."""
 
     def __init__(self) -> None:

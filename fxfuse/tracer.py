@@ -110,7 +110,29 @@ for _name, _function in INPLACE.items():
     setattr(FuseProxy, f"__i{_name}__", _writing(_name, _function))
 
 
-class FuseTracer(Tracer):
+class DictTracer(Tracer):
+    """Keeps the class of a dict, where torch.fx would make it a plain one."""
+
+    def create_arg(self, a: Any) -> Any:
+        kept = isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx")
+        return self._dict(a) if kept else super().create_arg(a)
+
+    def _dict(self, value: Any) -> Node:
+        """A dict of another class, which torch.fx would make a plain one: a graph calls the class."""
+        cls: Any = type(value)
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+            return self.create_node("call_function", cls, (), {n: self.create_arg(v) for n, v in fields.items()})
+        try:
+            again = cls(dict(value))
+        except Exception as error:
+            raise CaptureError(f"the forward makes a {cls.__name__}, which a graph cannot") from error
+        if type(again) is not cls or list(again) != list(value) or any(again[k] is not v for k, v in value.items()):
+            raise CaptureError(f"the forward makes a {cls.__name__}, which is more than its items")
+        return self.create_node("call_function", cls, (self.create_arg(dict(value)),), {})
+
+
+class FuseTracer(DictTracer):
     """Keeps every module whole whose call is more than its forward or cannot be traced.
 
     Args:
@@ -145,24 +167,6 @@ class FuseTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         more = has_hooks(m) or "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule) or layer_type(m)
         return bool(more) or module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
-
-    def create_arg(self, a: Any) -> Any:
-        kept = isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx")
-        return self._dict(a) if kept else super().create_arg(a)
-
-    def _dict(self, value: Any) -> Node:
-        """A dict of another class, which torch.fx would make a plain one: a graph calls the class."""
-        cls: Any = type(value)
-        if dataclasses.is_dataclass(value):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-            return self.create_node("call_function", cls, (), {n: self.create_arg(v) for n, v in fields.items()})
-        try:
-            again = cls(dict(value))
-        except Exception as error:
-            raise CaptureError(f"the forward makes a {cls.__name__}, which a graph cannot") from error
-        if type(again) is not cls or list(again) != list(value) or any(again[k] is not v for k, v in value.items()):
-            raise CaptureError(f"the forward makes a {cls.__name__}, which is more than its items")
-        return self.create_node("call_function", cls, (self.create_arg(dict(value)),), {})
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         name = args[1] if isinstance(args[1], str) else getattr(args[1], "__name__", "")

@@ -272,10 +272,10 @@ def test_models_that_are_more_than_their_forward() -> None:
     calls = called(one_input)
     own: Any = pairs(lambda s, x: s.one(x))
     own.forward = MethodType(lambda self, x: self.two(x) * 3, own)
-    same_calls(own, calls, fires=True)
-    same_calls(OwnCall(pairs(lambda s, x: s.one(x))), calls, fires=True)
-    same_calls(Wrapped(pairs(lambda s, x: s.one(x))), calls, fires=True)
-    same_calls(nn.DataParallel(pairs(lambda s, x: s.one(x))), calls, fires=True)
+    same_calls(own, calls)
+    same_calls(OwnCall(pairs(lambda s, x: s.one(x))), calls)
+    same_calls(Wrapped(pairs(lambda s, x: s.one(x))), calls)
+    same_calls(nn.DataParallel(pairs(lambda s, x: s.one(x))), calls)
 
 
 def test_a_report_says_what_kept_the_model_from_being_one_graph() -> None:
