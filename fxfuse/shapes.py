@@ -81,6 +81,8 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
 def _fake_state(runner: _Shapes, mode: FakeTensorMode) -> None:
     """Put fake tensors in the place of the model's own, which a forward that counts its calls would write to."""
     for module in runner.module.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose state is not in Python
+            continue
         for table in (module._parameters, module._buffers, module.__dict__):
             real = {k: v for k, v in table.items() if isinstance(v, Tensor)}
             fake: dict[str, Any] = {k: mode.from_tensor(v) for k, v in real.items()}
