@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -128,7 +129,7 @@ def _sizes_of_one() -> Iterator[None]:
     real ones ask again.
     """
     unknown = 2  # MemOverlap::TooHard
-    settings: Any = torch.fx.experimental._config
+    settings: Any = _config
     config = settings.patch(backed_size_oblivious=True)
     with config, patch.object(torch, "_debug_has_internal_overlap", lambda tensor: unknown):
         yield
