@@ -89,6 +89,12 @@ def views(node: Any) -> list[Node]:
     return found
 
 
+def whole_slice(node: Node) -> bool:
+    """Whether an ATen operator is a slice of everything, which is the tensor itself."""
+    values = bound(node) if plain(node.target) == "slice" else None
+    return values is not None and _cut(values) == slice(None)
+
+
 def _assignment(node: Node, args: dict[str, Any]) -> Call | None:
     """`copy_` or `fill_` of slices of a tensor as `tensor[index] = value`."""
     cuts: dict[int, slice] = {}
@@ -163,7 +169,7 @@ def _product(args: dict[str, Any], bias: Any = None) -> Call | None:
 def _untransposed(value: Any) -> Node | None:
     """`w` for `w.t()`, `w.transpose(0, 1)` and `w.permute(1, 0)`; a linear layer takes no `w` but of two dims."""
     args = bound(value) if isinstance(value, Node) and is_aten(value) else None
-    if args is None or not isinstance(args["self"], Node):
+    if args is None or not isinstance(args.get("self"), Node):
         return None
     name = plain(value.target)
     swaps = name == "t" or (name == "permute" and list(args["dims"]) == [1, 0])

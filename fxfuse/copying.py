@@ -5,16 +5,34 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    """A deep copy; tensors that were computed (by weight_norm, pruning, ...) are copied as plain values."""
+    """A deep copy; tensors that deepcopy refuses are copied as plain values.
+
+    These are computed ones (by weight_norm, pruning, ...), sparse ones, and those of a class that does not say
+    how to copy it.
+    """
     memo = {} if memo is None else memo
     values = [value]
     if isinstance(value, nn.Module):
-        values += [v for m in value.modules() for v in (*m.__dict__.values(), *m._buffers.values())]
+        tables = [t for m in value.modules() for t in (m.__dict__, m._buffers, m._parameters)]
+        values += [v for table in tables for v in table.values()]
     for tensor in values:
-        if isinstance(tensor, Tensor) and not tensor.is_leaf and id(tensor) not in memo:
-            memo[id(tensor)] = tensor.detach().clone()
+        if isinstance(tensor, Tensor) and id(tensor) not in memo:
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+            elif type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
+                memo[id(tensor)] = _special(tensor)
     return copy.deepcopy(value, memo)
+
+
+def _special(tensor: Tensor) -> Tensor:
+    """A copy of a tensor of another class or layout."""
+    try:
+        return copy.deepcopy(tensor)
+    except RuntimeError:  # a class without a __deepcopy__ of its own, a sparse parameter
+        clone = tensor.detach().clone()
+        return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone

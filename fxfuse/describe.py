@@ -10,13 +10,13 @@ from torch.fx import Graph, Node
 
 from .layers import CONVS, NORMS
 from .names import plain
-from .plan import Fuse, Plan, fuses
 from .record import Operator
 from .regions import Join, Step, exit_of
 from .report import Fired, Totals
+from .sites import Fuse, Plan, fuses
 from .view import View
 
-_ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}
+_ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "addmm": "linear"}
 
 
 def totals(graph: Graph, modules: Mapping[str, nn.Module], params: int, macs: int | None) -> Totals:

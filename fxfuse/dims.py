@@ -41,7 +41,8 @@ class Size(NamedTuple):
 
 Shape = tuple[Size, ...]
 ONE = Size(1)
-_SAME = {"batch_norm", "dropout", "identity", "neg", "channel_shuffle", "flip", "same", "layer_norm"}
+LONG = 8  # unknowns in one product
+_SAME = {"batch_norm", "dropout", "identity", "neg", "channel_shuffle", "flip", "same", "cast", "layer_norm"}
 
 
 def product(sizes: Sequence[Size]) -> Size:
@@ -83,6 +84,7 @@ class Dims:
         self.facts = facts
         self.shapes: dict[Node, Shape] = {}
         self.values: dict[Node, Any] = {}
+        self.names: dict[Any, str] = {}  # short names of long products, and of quotients by (size, divisor)
         for node in graph.nodes:
             if _asks(node):
                 self._ask(node)
@@ -102,7 +104,13 @@ class Dims:
         if shape is None or len(shape) != rank:
             shape = (None,) * rank
         numbers = [Size(axes[i - rank]) if i - rank in axes else s for i, s in enumerate(shape)]
-        return tuple(Size(1, (f"{node.name}.{i}",)) if s is None else s for i, s in enumerate(numbers))
+        return tuple(Size(1, (f"{node.name}.{i}",)) if s is None else self._short(s) for i, s in enumerate(numbers))
+
+    def _short(self, size: Size) -> Size:
+        """A long product under one name, or products of products would grow without end."""
+        if len(size.unknowns) <= LONG:
+            return size
+        return Size(1, (self.names.setdefault(size, f"size {len(self.names)}"),))
 
     def of(self, node: Any) -> Shape | None:
         return self.shapes.get(node) if isinstance(node, Node) else None
@@ -146,7 +154,7 @@ class Dims:
         if known.count(None) > 1:
             return None
         rest = product([s for s in known if s is not None])
-        left = total.over(rest) or Size(1, (f"{total}/{rest}",))
+        left = self._quotient(total, rest)
         return tuple(left if s is None else s for s in known)
 
     def _value(self, value: Any) -> Size:
@@ -154,6 +162,11 @@ class Dims:
             return value if isinstance(value, Size) else Size(value)
         found = self._known(value)
         return found if isinstance(found, Size) else Size(1, (str(value),))
+
+    def _quotient(self, size: Size, divisor: Size) -> Size:
+        """The quotient rounded down: equal questions have equal answers, and a short name."""
+        name = self.names.setdefault((size, divisor), f"size {len(self.names)}")
+        return size.over(divisor) or Size(1, (name,))
 
     def _known(self, value: Any) -> Any:
         return self.values.get(value) if isinstance(value, Node) else None
@@ -231,7 +244,7 @@ class Dims:
         if node.target is operator.mul:
             self.values[node] = a * b
         else:
-            self.values[node] = a.over(b) or Size(1, (f"{a}//{b}",))
+            self.values[node] = self._quotient(a, b)
 
 
 def order_of(call: Call, rank: int) -> tuple[int, ...] | None:

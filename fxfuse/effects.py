@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from networkx.utils import UnionFind
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from . import schema
 from .call import Call
+from .guards import storage
 from .layers import layer_type
 from .names import plain
 from .tracer import has_hooks
@@ -55,11 +56,16 @@ class Effects:
         self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in graph.nodes}
         self.classes: UnionFind[Node] = UnionFind()
         self.writes: dict[Node, list[Node]] = {}
+        self._modules = modules
+        self._own_writes: list[Tensor] = []
         for node in graph.nodes:
+            if node.op == "call_module":
+                self._own_writes += _own_writes(modules[str(node.target)])
             targets = _written(node, calls.get(node), modules)
             if targets:
                 self.writes[node] = targets
-            for source in (*targets, *_shared(node, targets, calls.get(node), modules)):
+            kept = [] if node.target == "set_" else targets  # whose result shares what it is given, too
+            for source in (*targets, *_shared(node, kept, calls.get(node), modules)):
                 self.classes.union(node, source)
         self._members: dict[Node, list[Node]] = {}
         if self.writes:
@@ -72,14 +78,20 @@ class Effects:
             self.writes.pop(node, None)
 
     def written_attributes(self) -> set[str]:
-        """Paths of parameters and buffers that the forward itself may change."""
-        return {
+        """Paths of parameters and buffers that the forward itself may change, each by all its names."""
+        if not self.writes and not self._own_writes:
+            return set()
+        paths = {
             str(n.target)
             for targets in self.writes.values()
             for t in targets
             for n in self._members[self.classes[t]]
             if n.op == "get_attr"
         }
+        root = self._modules[""]
+        state = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        written = {storage(t) for p, t in state if p in paths} | {storage(t) for t in self._own_writes}
+        return paths | {p for p, t in state if storage(t) in written}
 
     def written(self) -> set[Node]:
         """Every value that the forward may change in place, or through a view of it."""
@@ -119,14 +131,35 @@ def _written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) ->
         return [n for n in node.all_input_nodes if n is out or (isinstance(out, (tuple, list)) and n in out)]
     if (call is not None and call.inplace) or _writes_first(node, modules):
         first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        return [first] if isinstance(first, Node) else []
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        own = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
-        known = own or layer_type(module) is not None
-        if not known or has_hooks(module) or "forward" in module.__dict__:
-            return node.all_input_nodes
-    return []
+        several = first if isinstance(first, (list, tuple)) else [first]  # torch._foreach_add_ writes a list
+        return [n for n in several if isinstance(n, Node)]
+    if node.op == "call_module" and not _known(modules[str(node.target)]):
+        return node.all_input_nodes
+    return _statistics(node, call)
+
+
+def _statistics(node: Node, call: Call | None) -> list[Node]:
+    """The running statistics that a function updates."""
+    if call is not None and call.op == "batch_norm":
+        found = [call.args[n] for n in ("running_mean", "running_var") if call.args["training"]]
+        return [n for n in found if isinstance(n, Node)]
+    known = getattr(node.target, "__name__", "") in ("batch_norm", "instance_norm", "native_batch_norm")
+    return node.all_input_nodes[1:] if known and call is None else []
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a call is a layer of torch.nn and nothing more."""
+    own = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
+    return (own or layer_type(module) is not None) and not has_hooks(module) and "forward" not in module.__dict__
+
+
+def _own_writes(module: nn.Module) -> list[Tensor]:
+    """The tensors of its own that a call of the module may write."""
+    if not _known(module):
+        return [*module.parameters(), *module.buffers()]
+    if getattr(module, "max_norm", None) is not None:  # an embedding that renormalizes its rows
+        return list(module.parameters())
+    return list(module.buffers()) if module.training else []  # running statistics
 
 
 def _writes_first(node: Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -7,9 +7,12 @@ from collections.abc import Set
 from torch.fx import Node
 
 from .arguments import Affine
+from .passage import passes
 from .pattern import Selection
 from .refusal import Refusal
 from .view import View
+
+NAMED = 3  # readers of a batch norm that its refusal names
 
 
 def left_over(view: View, patterns: Selection, joined: Set[Node], fused: Set[Node]) -> list[Refusal]:
@@ -19,7 +22,11 @@ def left_over(view: View, patterns: Selection, joined: Set[Node], fused: Set[Nod
         if affine.kind != "unary" and node not in joined:
             notes += _several_sources(view, node, affine)
         elif affine.op.law == "batch_norm" and node not in fused:
-            notes += _lonely_norm(view, patterns, node, affine, fused)
+            notes.append(_lonely_norm(view, patterns, node, affine, fused).at(affine.op.path))
+    for node, call in view.calls.items():
+        if call.op == "batch_norm" and node not in view.affine and node not in view.refused:
+            reason = "what batch_norm normalizes with is computed when the model runs, or of several dtypes"
+            notes.append(Refusal(reason, where=call.path or node.name))
     return notes
 
 
@@ -34,28 +41,48 @@ def _several_sources(view: View, node: Node, affine: Affine) -> list[Refusal]:
     return [Refusal(reason, where=paths[0], detail=f"at {node.name}")]
 
 
-def _lonely_norm(view: View, patterns: Selection, node: Node, affine: Affine, fused: Set[Node]) -> list[Refusal]:
-    """A batch norm that stayed because of what comes before it."""
+def _lonely_norm(view: View, patterns: Selection, node: Node, affine: Affine, fused: Set[Node]) -> Refusal:
+    """Why a batch norm stayed: what comes before it, or else what comes after it."""
     source, reader = affine.inputs[0][0], node
-    before, readers = view.affine.get(source), view.data_users(source)
-    while before is not None and before.kind == "unary" and not before.op.weighted and readers == [reader]:
+    steps = {**view.carries, **view.affine}
+    before, carried, between = steps.get(source), False, [source]
+    while before is not None and before.kind == "unary" and passes(before.op) and view.readers(source) == [reader]:
+        carried |= before.op.kind in ("carry", "pool")
         source, reader = before.inputs[0][0], source
-        before, readers = view.affine.get(source), view.data_users(source)
+        before = steps.get(source)
+        between.append(source)
     absorbs = before is not None and (source in fused if before.kind != "unary" else before.op.weighted)
     if before is None or not absorbs:
         reason = "batch_norm follows no convolution or linear layer of constant weight that could absorb it"
-        return [Refusal(reason, where=affine.op.path, detail=f"after {source.name}")]
-    if readers == [reader]:
-        return []
-    both = patterns.combine("chain", before.op, affine.op) if before.kind == "unary" else before.op
-    if isinstance(both, Refusal):
-        return [both.at(affine.op.path)]
-    others = ", ".join(u.name for u in readers if u is not reader)
-    return [
-        Refusal(
+        return Refusal(reason, detail=f"after {_place(source)}; {_below(view, patterns, node, affine)}")
+    others = [u for u in view.readers(source) if u is not reader]
+    if others:
+        return Refusal(
             "the output of the layer before batch_norm is read elsewhere too",
-            where=affine.op.path,
-            detail=f"by {others}",
+            detail=f"by {', '.join(map(_place, others))}",
             remedy="read the normalized tensor there instead",
         )
-    ]
+    if carried:
+        return Refusal("what lies between the layer and batch_norm puts the layer's channels on another axis")
+    both = patterns.combine("chain", before.op, affine.op) if before.kind == "unary" else before.op
+    if isinstance(both, Refusal):
+        return both
+    if not view.sized.keys().isdisjoint(between):
+        return Refusal("somebody asks for the size of a value that would be gone, and no other value has that size")
+    return Refusal("the chosen cost does not fall by merging batch_norm")
+
+
+def _below(view: View, patterns: Selection, node: Node, affine: Affine) -> str:
+    """Who reads a batch norm, and why a layer that does cannot absorb it."""
+    readers = view.readers(node)
+    told = []
+    for reader in readers[:NAMED]:
+        after = view.affine.get(reader)
+        both = patterns.combine("chain", affine.op, after.op) if after is not None and after.op.weighted else None
+        told.append(f"{_place(reader)} ({both.reason})" if isinstance(both, Refusal) else _place(reader))
+    more = [f"{len(readers) - NAMED} more"] if len(readers) > NAMED else []
+    return f"read by {', '.join(told + more)}" if told else "read by nobody"
+
+
+def _place(node: Node) -> str:
+    return str(node.target) if node.op == "call_module" else "the output" if node.op == "output" else node.name

@@ -7,24 +7,33 @@ capture is refused.
 
 from __future__ import annotations
 
+import inspect
+import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .any_batch import for_any_batch
 from .capture import REMEDY, Captured, _where
 from .guards import attributes, restored
+from .inputs import parts
 from .rebuild import rebuild
 from .refusal import CaptureError
+from .shapes import run_copy
 from .tracer import HOOKS, has_hooks
 
 # How many dims of an input are left open, most first: what a model cannot leave open is tried narrower.
-_OPEN = (lambda t: t.dim(), lambda t: min(1, t.dim()), lambda t: 0)
+_OPEN = (None, 1, 0)
+_TERMS = 40
 
 
 def export(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
@@ -32,37 +41,82 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
 
     Raises:
         CaptureError: torch.export fails; the message names the line that stopped it.
+        ValueError: the model does not run on the inputs.
     """
+    try:
+        parts(model, inputs)
+    except TypeError as error:
+        raise ValueError(f"{type(model).__name__} does not run on example_inputs: {error}") from error
     for path, module in model.named_modules():
         if module is not model and has_hooks(module):
             raise CaptureError(f"{path} has hooks, which torch.export would run once and forget; remove them first")
-    first: Exception | None = None
+    last: Exception | None = None
     for dims in _OPEN:
+        program = partial(_program, model, dims=dims)
         try:
-            return rebuild(model, inputs, _program(model, inputs, dims))
-        except CaptureError:
-            raise
+            return rebuild(model, inputs, *for_any_batch(model, inputs, program))
         except Exception as error:  # what a forward raises on fake tensors can be anything
-            first = first or error
-    assert first is not None
-    raise CaptureError(f"{type(model).__name__} cannot be exported{_where(first)}; {REMEDY}") from first
+            last = error
+            if isinstance(error, CaptureError):  # which no other sizes would help
+                break
+    if not isinstance(last, CaptureError):
+        with restored(model):
+            run_copy(model, inputs)  # or is it the inputs that do not fit?
+    assert last is not None
+    raise CaptureError(f"{type(model).__name__} cannot be exported{_where(last)}; {REMEDY}") from last
 
 
-def _program(model: nn.Module, inputs: tuple[Any, ...], dims: Any) -> Any:
-    """The ExportedProgram of `model`, which is as it was afterwards."""
+def _program(model: nn.Module, inputs: tuple[Any, ...], dims: int | None) -> Any:
+    """The ExportedProgram of `model`, which is as it was afterwards; the first `dims` of each input are left open."""
 
     def sizes(value: Any) -> Any:
-        return dict.fromkeys(range(dims(value)), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
+        return dict.fromkeys(range(value.dim())[:dims], torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
 
-    shapes, own = pytree.tree_map(sizes, inputs), pytree.tree_map_only(Tensor, _own, inputs)
-    autocast = (torch.autocast(d, enabled=False) for d in ("cpu", "cuda"))
-    with _unchanged(model), torch.enable_grad(), _sizes_of_one(), next(autocast), next(autocast):
+    given = inspect.signature(model.forward).bind(*inputs).arguments
+    shapes, own = pytree.tree_map(sizes, dict(given)), pytree.tree_map_only(Tensor, _own, inputs)
+    with ExitStack() as stack:
+        for context in (_quiet(), _unchanged(model), torch.enable_grad(), _sizes_of_one(), _PlainSizes()):
+            stack.enter_context(context)
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
         return torch.export.export(model, own, dynamic_shapes=shapes, strict=False)
 
 
 def _own(tensor: Tensor) -> Tensor:
     """A copy: torch.export takes one tensor given twice for one input."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export logs of an attempt that fails, and warnings that the model gives when it runs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _PlainSizes(TorchFunctionMode):
+    """Gives up on open sizes that grow out of hand.
+
+    Padding to a multiple, layer after layer, triples the expression for a size each time, and torch.export then
+    takes minutes to compare two. Sizes behind plain convolutions, pools and windows stay far below the limit.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes: tuple[Any, ...] = tuple(result.shape) if isinstance(result, Tensor) else ()
+        for size in sizes:
+            terms = [] if isinstance(size, int) else [size.node.expr]
+            for term in terms:
+                terms.extend(term.args)
+                if len(terms) > _TERMS:
+                    raise OverflowError("the size of a tensor is too intricate an expression in the inputs' sizes")
+        return result
 
 
 @contextmanager

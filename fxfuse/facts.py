@@ -8,9 +8,11 @@ and its output; one pass forward, one back and one forward again carry them thro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from . import ranks
@@ -18,6 +20,7 @@ from .call import Call
 from .dtypes import find_dtypes
 from .effects import rank_check
 from .fact import Fact, fact_of, known, of_shape, same_rank, same_shape
+from .kinds import is_number
 from .names import plain
 from .shaping import elementwise
 from .shaping import plain as plain_module
@@ -50,7 +53,7 @@ def _propagate(
     modules: Mapping[str, nn.Module],
     shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
-    facts = {n: known(n) for n in graph.nodes}
+    facts = {n: Fact(0, 0) if is_number(n) else known(n) for n in graph.nodes}
     for node, shape in shapes.items():
         facts[node] = of_shape(tuple(shape))
     nodes = list(graph.nodes)
@@ -59,12 +62,12 @@ def _propagate(
             if node in shapings:
                 ranks.relate(shapings[node], facts[node], facts)
             else:
-                _relate(node, calls.get(node), facts, modules)
+                _relate(node, calls, facts, modules)
     return facts
 
 
-def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Mapping[str, nn.Module]) -> None:
-    out = facts[node]
+def _relate(node: Node, calls: Mapping[Node, Call], facts: dict[Node, Fact], modules: Mapping[str, nn.Module]) -> None:
+    out, call = facts[node], calls.get(node)
     if call is None or call.op == "refused":
         _relate_other(node, out, facts, modules)
         return
@@ -113,10 +116,13 @@ def _relate(node: Node, call: Call | None, facts: dict[Node, Fact], modules: Map
             out.axes.update(untouched)
     elif call.op in ("dropout", "identity", "neg", "channel_shuffle", "flip"):
         same_shape(x, out)
-    elif call.op in ("narrow", "index_select"):
+    elif call.op == "narrow":
+        same_rank(x, out)
+        _relate_part(call.args["dim"], call.args["length"], x, out)
+    elif call.op == "index_select":
         same_rank(x, out)
     elif call.op == "getitem":
-        _relate_item(call, source, out, facts)
+        _relate_item(call, calls.get(source), source, out, facts)
 
 
 def _spatial(x: Fact, out: Fact, spatial: int, channels: bool = False) -> None:
@@ -133,7 +139,7 @@ def _spatial(x: Fact, out: Fact, spatial: int, channels: bool = False) -> None:
 def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
     sides = [fact_of(call.args[n], facts) for n in ("input", "other")]
     known = [f for f in sides if f is not None and f.high > 0]
-    if len(known) == 1 and len([f for f in sides if f is not None]) == 1:
+    if len(known) == 1:  # the other is a number
         same_shape(known[0], out)
         return
     if len(known) < 2:
@@ -151,13 +157,15 @@ def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None
             out.axes[axis] = 1
 
 
-def _relate_item(call: Call, source: Node, out: Fact, facts: Mapping[Node, Fact]) -> None:
+def _relate_item(call: Call, pieces: Call | None, source: Node, out: Fact, facts: Mapping[Node, Fact]) -> None:
     index = call.args["index"]
-    asked = getattr(source.target, "__name__", source.target) if source.op in ("call_function", "call_method") else ""
+    asked = plain(source.target) if source.op in ("call_function", "call_method") else ""
     if asked in ("chunk", "split", "tensor_split", "unbind"):
         tensor = source.args[0] if source.args else source.kwargs.get("input")
         if isinstance(tensor, Node) and isinstance(index, int):
             ranks.offset(facts[tensor], out, -(asked == "unbind"))
+            if pieces is not None and pieces.op in ("chunk", "split"):
+                _relate_piece(pieces, index, facts[tensor], out)
     elif isinstance(index, tuple) and all(isinstance(i, slice) for i in index):
         same_rank(facts[source], out)
         _relate_slices(index, facts[source], out)
@@ -173,6 +181,30 @@ def _relate_slices(index: tuple[slice, ...], x: Fact, out: Fact) -> None:
         cut = index[axis + rank] if 0 <= axis + rank < len(index) else slice(None)
         if all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
             out.axes.setdefault(axis, len(range(*cut.indices(size))))
+
+
+def _relate_part(dim: Any, size: Any, x: Fact, out: Fact) -> None:
+    """A part of x, of `size` along `dim` and whole along the others."""
+    axis = dim - x.likely if isinstance(dim, int) and dim >= 0 and x.likely is not None else x.axis(dim)
+    if axis is None:
+        return
+    for other, n in x.axes.items():
+        if other != axis:
+            out.axes.setdefault(other, n)
+    if isinstance(size, int):
+        out.axes.setdefault(axis, size)
+
+
+def _relate_piece(call: Call, index: Any, x: Fact, out: Fact) -> None:
+    """One output of chunk or split."""
+    dim, sizes = call.args["dim"], call.args["chunks" if call.op == "chunk" else "split_size"]
+    axis = dim - x.likely if isinstance(dim, int) and dim >= 0 and x.likely is not None else x.axis(dim)
+    whole = None if axis is None else x.axes.get(axis)
+    if isinstance(sizes, int) and sizes > 0 and whole is not None:
+        size = -(-whole // sizes) if call.op == "chunk" else sizes
+        sizes = [min(size, whole - i) for i in range(0, whole, size)]
+    listed = isinstance(sizes, (list, tuple)) and isinstance(index, int) and -len(sizes) <= index < len(sizes)
+    _relate_part(dim, sizes[index] if listed else None, x, out)
 
 
 def _relate_cat(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
@@ -203,7 +235,10 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
         if type(module) in _POOL_MODULES and plain_module(module) and not getattr(module, "return_indices", False):
             _spatial(facts[source], out, _POOL_MODULES[type(module)], channels=True)
     elif node.op == "call_function":
-        if (name := plain(node.target)) in _POOL_NAMES:
+        several = (
+            isinstance(node.target, OpOverload) and len(node.target._schema.returns) > 1
+        )  # a value and its indices
+        if (name := plain(node.target)) in _POOL_NAMES and not several:
             _spatial(facts[source], out, _POOL_NAMES[name], channels=True)
         elif check := rank_check(node):
             facts[check[0]].at_least(check[1])

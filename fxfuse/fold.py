@@ -17,6 +17,7 @@ from . import schema
 from .constants import Apply, Attr, freeze
 from .effects import Effects
 from .names import operator_name, plain
+from .tracer import has_hooks
 
 _IMPURE = re.compile(
     r"rand|dropout|bernoulli|normal(?!ize)|multinomial|poisson|exponential|uniform|cauchy|geometric|empty|^item$|numpy|"
@@ -33,7 +34,7 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
     or needs data to have a shape is no constant.
     """
     written = effects.written() if effects.writes else set()
-    paths = {str(n.target) for n in written if n.op == "get_attr"}
+    paths = effects.written_attributes()
     found: dict[Node, Any] = {}
     samples: dict[Node, Any] = {}
     for node in graph.nodes:
@@ -42,7 +43,7 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
         if node.op == "get_attr":
             path = str(node.target)
             tensor = extra[path] if path in extra else tensor_at(root, path)
-            if tensor is not None and path not in paths:
+            if tensor is not None and path not in paths and not _replaced_by_hook(root, path):
                 found[node] = Attr(path, tuple(tensor.shape), tensor.dtype)
         elif node.op in ("call_function", "call_method"):
             inputs = node.all_input_nodes
@@ -55,14 +56,21 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
 
 
 def tensor_at(root: nn.Module, path: str) -> Tensor | None:
-    """The plain tensor `root` holds at `path`; None for anything else, tensor subclasses included."""
+    """The plain tensor `root` holds at `path`; None for anything else, subclasses and sparse ones included."""
     value: Any = root
     for name in path.split("."):
         value = getattr(value, name, None)
     ordinary = type(value) in (Tensor, nn.Parameter, nn.Buffer) or (
         isinstance(value, Tensor) and type(value).__torch_function__ is torch._C._disabled_torch_function_impl
     )
-    return value if ordinary else None
+    return value if ordinary and value.layout is torch.strided else None
+
+
+def _replaced_by_hook(root: nn.Module, path: str) -> bool:
+    """Whether a hook may put another tensor there, as pruning and the older weight_norm do."""
+    owner, _, name = path.rpartition(".")
+    module = root.get_submodule(owner)
+    return name in module.__dict__ and has_hooks(module)
 
 
 def _pure(node: Node) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .containers import put_back
 from .refusal import CaptureError
-from .tracer import INPLACE
+from .tracer import INPLACE, has_hooks
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _WRITES = set(INPLACE.values())
@@ -35,7 +35,7 @@ def guarded(model: nn.Module) -> Iterator[dict[str, Any]]:
         CaptureError: the forward drew random numbers, or changed a list or dict that a module keeps.
     """
     created: dict[str, Any] = {}
-    with restored(model, created) as changed, attributes(model), _RealTensors(), torch.enable_grad():
+    with restored(model, created) as changed, attributes(model), _RealTensors(model), torch.enable_grad():
         yield created
     if changed:
         raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")
@@ -84,7 +84,9 @@ def attributes(model: nn.Module, buffers: bool = False) -> Iterator[None]:
             original(module, name, value)
             return
         path = f"{known[id(module)]}.{name}".lstrip(".")
-        if buffers and isinstance(value, Tensor) and name in module._buffers:
+        # an RNN keeps lists of its weights, which torch.export exchanges for fake ones
+        listed = isinstance(module, nn.RNNBase) and name.startswith("_flat_weight")
+        if buffers and (listed or (isinstance(value, Tensor) and name in module._buffers)):
             original(module, name, value)
             return
         if not _is_itself(value, path) and not _same(module.__dict__.get(name, _same), value):
@@ -113,11 +115,15 @@ def _same(old: Any, new: Any) -> bool:
 
 
 class _RealTensors(TorchDispatchMode):
-    """Stops in-place writes to tensors that the trace did not make itself, and random numbers."""
+    """Stops in-place writes to tensors that the trace did not make itself, and random numbers.
 
-    def __init__(self) -> None:
+    And arithmetic on a weight that a hook computes anew at every call (pruning, the older weight_norm).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.own: dict[int, Any] = {}
+        self.computed = {storage(t) for m in model.modules() if has_hooks(m) for t in _tensors([*vars(m).values()])}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,13 +134,15 @@ class _RealTensors(TorchDispatchMode):
             for argument in func._schema.arguments:
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 for tensor in _tensors(named.get(argument.name)) if written else ():
-                    if _storage(tensor) not in self.own:
+                    if storage(tensor) not in self.own:
                         raise CaptureError("the forward writes to a tensor of the model, which a graph does not repeat")
         result = func(*args, **kwargs)
-        inputs = {_storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
+        inputs = {storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
+        if not inputs.isdisjoint(self.computed):
+            raise CaptureError("the forward computes with a tensor that a hook replaces at every call")
         for tensor in _tensors(result):
-            if _storage(tensor) not in inputs or func is torch.ops.aten.lift_fresh.default:
-                self.own[_storage(tensor)] = tensor.untyped_storage()
+            if storage(tensor) not in inputs or func is torch.ops.aten.lift_fresh.default:
+                self.own[storage(tensor)] = tensor.untyped_storage()
         return result
 
 
@@ -144,8 +152,9 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def storage(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 def _random_states() -> tuple[Any, ...]:

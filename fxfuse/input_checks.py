@@ -29,6 +29,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "float": torch.sym_float,
     "int": torch.sym_int,
 }
+_LONG = 160
 _REMEDY = "optimize with example_inputs like these"
 
 
@@ -75,7 +76,8 @@ class InputChecks:
         self.checked.add(readable)
         holds = self._node(tree)
         if holds is not True:
-            self._message(holds, f"inputs with {readable}", where)
+            text = readable if len(readable) <= _LONG else readable[:_LONG] + " ..."
+            self._message(holds, f"inputs with {text}", where)
 
     def _assert(self, value: Node, expected: Any, text: str) -> None:
         self._message(self.graph.call_function(operator.eq, (value, expected)), text)
@@ -127,32 +129,3 @@ class InputChecks:
         if any(isinstance(v, Node) for v in values):
             return self.graph.call_function(function, tuple(values))
         return function(*values)
-
-
-def readable(guard: str, names: Mapping[str, str]) -> str:
-    """A condition as torch.export notes it (`L['x'].size()[2] > 4`) in terms of the inputs: `x.size(2) > 4`."""
-    return ast.unparse(_Renamed(names).visit(ast.parse(guard, mode="eval")))
-
-
-class _Renamed(ast.NodeTransformer):
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self.names = names
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        """`L['x']` is x, and `x.size()[2]` is x.size(2)."""
-        text = ast.unparse(node)
-        if text in self.names:
-            return ast.parse(self.names[text], mode="eval").body
-        value = node.value
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and not value.args:
-            return ast.Call(ast.Attribute(self.visit(value.func.value), value.func.attr), [node.slice], [])
-        self.generic_visit(node)
-        return node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        """`L['pair'].first` is pair.first."""
-        text = ast.unparse(node)
-        if text in self.names:
-            return ast.parse(self.names[text], mode="eval").body
-        self.generic_visit(node)
-        return node

@@ -64,9 +64,9 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
 
 
 def _owner(weight: Attr | Apply, node: Node) -> str:
-    """The module that holds the weight of a functional call, or what it is computed from; else the node's name."""
-    owners = (a.path.rpartition(".")[0] for a in leaves(weight))
-    return next(filter(None, owners), node.name)
+    """The module that holds the weight of a functional call, or all it is computed from; else the node's name."""
+    owners = {a.path.rpartition(".")[0] for a in leaves(weight)}
+    return (owners.pop() if len(owners) == 1 else "") or node.name
 
 
 def _computed_weight(call: Call) -> Refusal:
@@ -101,6 +101,7 @@ def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     if call.args["training"] or call.args["running_mean"] is None or call.args["running_var"] is None:
         return Refusal(
             "batch_norm normalizes with the statistics of the batch, not with running ones",
+            where=call.path,
             remedy="call model.eval(), and keep track_running_stats=True",
         )
     mean, var = tensor(call, "running_mean", 1), tensor(call, "running_var", 1)
@@ -108,7 +109,9 @@ def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     spatial, assumes = layout(x)
     if spatial is None:
         return Refusal(
-            "the rank of batch_norm's input is not certain, so its channel axis is not", remedy=PASS_EXAMPLES
+            "the rank of batch_norm's input is not certain, so its channel axis is not",
+            where=call.path or _owner(mean, node),
+            remedy=PASS_EXAMPLES,
         )
     if not isinstance(call.args["eps"], (int, float)):
         raise Unknown
@@ -164,6 +167,10 @@ def _dropout(call: Call, facts: Facts, node: Node) -> Affine | None:
     return unary(call, replace(IDENTITY, path=call.path or node.name)) if call.args["training"] is False else None
 
 
+def _identity(call: Call, facts: Facts, node: Node) -> Affine:
+    return unary(call, replace(IDENTITY, path=call.path or node.name))
+
+
 LAYERS = {
     "conv": _conv,
     "conv_transpose": _conv,
@@ -172,4 +179,5 @@ LAYERS = {
     "avg_pool": _avg_pool,
     "pad": _pad,
     "dropout": _dropout,
+    "identity": _identity,
 }

@@ -74,7 +74,12 @@ def _scaled(
         return Affine("unary", ((source, 1.0),), op, assumes=assumes)
     if len(wide) > 1:
         return Refusal("a constant that varies along more than the channel axis is no per-channel factor")
-    op = pointwise("scale", "scale", -wide[0] - 1, constant.shape[wide[0]], path=path, dtype=dtype, **fields)
+    width, met = constant.shape[wide[0]], fact.axes.get(wide[0])
+    if met is None and source.op != "placeholder":
+        return Refusal("a constant may broadcast the channels of the tensor it meets", remedy=PASS_EXAMPLES)
+    if met not in (None, width):
+        return Refusal("the channel counts differ and broadcast", detail=f"{met} and {width}")
+    op = pointwise("scale", "scale", -wide[0] - 1, width, path=path, dtype=dtype, **fields)
     return Affine("unary", ((source, 1.0),), op, assumes=assumes)
 
 

@@ -11,7 +11,7 @@ from .constants import Attr, Values, leaves
 from .record import Operator
 from .refusal import Refusal
 from .values import compute
-from .weights import Numbers
+from .weights import Numbers, overflow
 
 Stored = tuple[Tensor, Tensor | None]
 
@@ -28,7 +28,7 @@ def sources(op: Operator) -> list[Attr]:
 def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | Refusal]:
     """Weight and bias of every operator as its layer stores them, in the layer's dtype and on its device.
 
-    Refused where a number of the result is not finite in that dtype.
+    Refused where that dtype cannot hold the result: numbers that overflow, a channel that vanishes.
     """
 
     def reachable(attr: Attr) -> Tensor:
@@ -42,36 +42,17 @@ def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | 
 def _stored(op: Operator, numbers: Numbers, values: Values) -> Stored | Refusal:
     device = next((values(a).device for a in sources(op)), torch.device("cpu"))
     dtype = op.dtype or torch.float32
-    weight, bias = numbers.rounded(dtype), None
+    weight, bias = numbers.rounded(dtype, op.groups), None
+    if isinstance(weight, Refusal):
+        return weight
     if op.bias:
         bias = torch.zeros(op.out_channels, dtype=dtype) if numbers.bias is None else numbers.bias.to(dtype)
-    if weight is not None and _vanishes(weight, dtype):
-        return Refusal(
-            f"the merged weight has numbers too small for {dtype}",
-            detail="subnormal, so most of their digits are lost",
-            remedy="fuse in a wider dtype and convert afterwards",
-        )
-    if weight is None or (bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all()):
-        return Refusal(
-            f"the merged weight has numbers that are not finite in {dtype}",
-            detail="overflow, or already there in the model",
-            remedy="fuse in a wider dtype and convert afterwards",
-        )
+        if numbers.bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all():
+            return overflow(numbers.bias, dtype)
     if op.transposed:  # back to [C, N/g, *K]
         weight = weight.reshape(op.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     weight = weight.contiguous(memory_format=_memory_format(op, values, weight))
     return weight.to(device), None if bias is None else bias.contiguous().to(device)
-
-
-def _vanishes(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a row of the weight is subnormal as a whole: what is small beside its neighbours does not count.
-
-    In float32 and bfloat16 that takes numbers below 1e-38, which no model holds and no pass need look for.
-    """
-    if weight.device.type == "meta" or not weight.numel() or torch.finfo(dtype).tiny < 1e-30:
-        return False
-    largest = weight.abs().flatten(1).amax(1)
-    return bool(((largest > 0) & (largest < torch.finfo(dtype).tiny)).any())
 
 
 def _memory_format(op: Operator, values: Values, weight: Tensor) -> torch.memory_format:

@@ -16,12 +16,13 @@ from .cost import CostFunction
 from .distribute import distribute
 from .hierarchy import Part
 from .pattern import Selection
-from .plan import Plan, Planner
+from .plan import Planner
 from .refresh import Replay
 from .refusal import Refusal
 from .report import Fired, Totals
 from .rewrite import Rewriter, drop_identities
 from .shapes import propagate
+from .sites import Plan
 from .view import View, look
 
 

@@ -9,15 +9,15 @@ No weight is touched here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, reduce
-from itertools import pairwise
 
 from torch.fx import Node
 
 from . import algebra
+from .apart import Apart
 from .asked import answers
 from .cost import CostFunction
 from .explain import left_over
@@ -27,53 +27,11 @@ from .record import IDENTITY, Operator
 from .refusal import Refusal
 from .regions import Chain, Join, Step, find, part_nodes
 from .reorder import orders
+from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .view import View
 
 UNREACHED: Price = (10**9, Fraction(0), 0)
 WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number
-
-
-@dataclass(frozen=True, slots=True)
-class Fuse:
-    """A stretch that becomes one operator."""
-
-    op: Operator
-    parts: tuple[Step | Join, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """A node that stays as it is."""
-
-    step: Step
-
-
-@dataclass(frozen=True, slots=True)
-class Rejoin:
-    """A join that stays, over fewer or cheaper branches; `merged` where it must be emitted anew."""
-
-    join: Join
-    pieces: tuple[tuple[Segment, ...], ...]
-    merged: bool
-
-
-Segment = Fuse | Keep | Rejoin
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One chain and what becomes of it."""
-
-    source: Node
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All sites with something to fuse, and every refusal met on the way."""
-
-    sites: tuple[Site, ...]
-    refusals: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +54,10 @@ class Planner:
     refusals: list[Refusal] = field(default_factory=list)
     joined: set[Node] = field(default_factory=set)
     fused: set[Node] = field(default_factory=set)
+
+    @property
+    def _apart(self) -> Apart:
+        return Apart(self._combine, self._price)
 
     def run(self) -> Plan:
         sites, _ = self._sites(frozenset())
@@ -220,7 +182,7 @@ class Planner:
             end = start
         cuts.reverse()
         notes = [n for (i, j) in cuts if j == i + 1 and best[j][2] is None for n in options[i].notes]
-        notes += self._chain_notes(chain, options, cuts, areas)
+        notes += self._apart.in_chain(chain, [o.op for o in options], cuts, areas)
         return _Option(best[count][0], tuple(segments), whole, tuple(notes))
 
     def _after(self, part: Step | Join, before: Fraction) -> Fraction:
@@ -294,7 +256,7 @@ class Planner:
     def _group(
         self, join: Join, branches: list[_Option], group: tuple[int, ...], area: Fraction
     ) -> tuple[Price, Fuse] | None:
-        op = self._merge(join.kind, [branches[i].op for i in group])
+        op = _on_axis(join, self._merge(join.kind, [branches[i].op for i in group]))
         part = replace(join, branches=tuple(join.branches[i] for i in group))
         return self._fusable(op, [part], area)
 
@@ -310,17 +272,14 @@ class Planner:
             if i == j:
                 return branches[i].price
             part = replace(join, branches=join.branches[i : j + 1])
-            fused = self._fusable(merged(i, j), [part], after)
+            fused = self._fusable(_on_axis(join, merged(i, j)), [part], after)
             return None if fused is None else fused[0]
 
         return self._joined(join, branches, cut(len(branches), price), after)
 
     def _joined(self, join: Join, branches: list[_Option], groups: list[tuple[int, ...]], area: Fraction) -> _Option:
         """The option of a join whose branches are merged by `groups`."""
-        whole = self._merge(join.kind, [b.op for b in branches])
-        if isinstance(whole, Operator) and join.spatial not in (None, whole.spatial):
-            whole = Refusal("the concatenated axis is not the channel axis of its inputs")
-            groups = [(i,) for i in range(len(branches))]
+        whole = _on_axis(join, self._merge(join.kind, [b.op for b in branches]))
         price, pieces, notes = FREE, list[tuple[Segment, ...]](), list[Refusal]()
         for group in groups:
             fused = self._group(join, branches, group, area) if len(group) > 1 else None
@@ -334,70 +293,18 @@ class Planner:
         joins = len(groups) - 1 if join.kind == "sum" else int(len(groups) > 1)
         price = plus(price, (0, Fraction(0), joins))
         if len(groups) > 1:
-            notes.extend(self._join_notes(join, branches, groups, whole, area))
+            merged = [self._merge(join.kind, [branches[i].op for i in g]) for g in groups]
+            notes.extend(self._apart.in_join(join, merged, whole, area))
         if len(groups) == 1 and isinstance(pieces[0][0], Fuse):
             return _Option(price, (replace(pieces[0][0], parts=(join,)),), whole, tuple(notes))
-        merged = len(groups) < len(branches)
-        return _Option(price, (Rejoin(join, tuple(pieces), merged),), whole, tuple(notes))
+        rejoin = Rejoin(join, tuple(pieces), merged=len(groups) < len(branches))
+        return _Option(price, (rejoin,), whole, tuple(notes))
 
-    def _chain_notes(
-        self, chain: Chain, options: list[_Option], cuts: list[tuple[int, int]], areas: list[Fraction]
-    ) -> list[Refusal]:
-        """Why neighbouring stretches of the final cover stayed apart."""
-        notes = []
-        stretches = [reduce(lambda f, g: self._combine("chain", f, g), [o.op for o in options[i:j]]) for i, j in cuts]
-        for (left, right), (f, g) in zip(pairwise(cuts), pairwise(stretches), strict=True):
-            if isinstance(f, Refusal) or isinstance(g, Refusal):
-                continue
-            if not (f.weighted or g.weighted) or {"identity", "carry"} & {f.kind, g.kind}:
-                continue
-            last = chain.parts[right[0]]
-            where = g.path or f.path or str(last.node)
-            both = self._combine("chain", f, g)
-            apart = ((f, areas[left[1]]), (g, areas[right[1]]))
-            if isinstance(both, Operator):
-                refusal = self._dear(both, apart, areas[right[1]])
-            elif _multipliable(f, g):
-                numbers = self._dear(algebra.product(f, g), apart, areas[right[1]]).detail
-                refusal = replace(both, detail=f"{both.detail}; merged, {numbers}" if both.detail else numbers)
-            else:
-                refusal = both
-            notes.append(refusal.at(where))
-        return notes
 
-    def _join_notes(
-        self,
-        join: Join,
-        branches: list[_Option],
-        groups: list[tuple[int, ...]],
-        whole: Operator | Refusal,
-        area: Fraction,
-    ) -> list[Refusal]:
-        if isinstance(whole, Refusal):
-            return [whole.at(str(join.node))]
-        singles = [self._merge(join.kind, [branches[i].op for i in g]) for g in groups]
-        ops = [(o, area) for o in singles if isinstance(o, Operator)]
-        if not any(o.weighted for o, _ in ops):
-            return []
-        return [self._dear(whole, ops, area).at(ops[0][0].path or str(join.node))]
-
-    def _dear(self, both: Operator, apart: Sequence[tuple[Operator, Fraction]], area: Fraction) -> Refusal:
-        """The refusal of a merge that is exact but does not pay, with its two numbers."""
-        ready = algebra.finish(both)
-        pattern = both.applied[-1] if len(set(both.applied)) == 1 else ""
-        new = [a for a in both.applied if a not in [x for op, _ in apart for x in op.applied]]
-        pattern = new[0] if new else pattern
-        if isinstance(ready, Refusal):
-            return ready.by(pattern)
-        together = self._price(ready[0], area)[1]
-        before = sum((self._price(o, a)[1] for o, a in apart), Fraction(0))
-        unit = area if area else Fraction(1)
-        return Refusal(
-            "exact, but merged it would cost more",
-            detail=f"{_number(together / unit)} instead of {_number(before / unit)} per output position",
-            remedy=f'patterns=["{pattern}!"] merges it all the same' if pattern else "",
-            pattern=pattern,
-        )
+def _on_axis(join: Join, op: Operator | Refusal) -> Operator | Refusal:
+    if isinstance(op, Refusal) or join.spatial in (None, op.spatial):
+        return op
+    return Refusal("the concatenated axis is not the channel axis of its inputs")
 
 
 def _steps(join: Join) -> Iterator[Step]:
@@ -406,26 +313,6 @@ def _steps(join: Join) -> Iterator[Step]:
         yield from (part,) if isinstance(part, Step) else _steps(part)
 
 
-def _multipliable(f: Operator, g: Operator) -> bool:
-    """Whether the two are convolutions whose product has a cost to compare."""
-    meet = f.spatial == g.spatial and f.out_channels == g.in_channels
-    return meet and f.weighted and g.weighted and not (f.transposed or g.transposed)
-
-
 def _rank(op: Operator | Refusal) -> int:
     kinds = ("conv", "pool", "pad", "select", "scale", "identity")
     return kinds.index(op.kind) if isinstance(op, Operator) else -1
-
-
-def _number(value: Fraction) -> str:
-    return f"{float(value):,.0f}" if value >= 1000 else f"{float(value):,.6g}"
-
-
-def fuses(segments: Iterable[Segment]) -> Iterator[Fuse]:
-    """Every fused stretch, those inside a join that stays included, in order."""
-    for segment in segments:
-        if isinstance(segment, Fuse):
-            yield segment
-        elif isinstance(segment, Rejoin):
-            for piece in segment.pieces:
-                yield from fuses(piece)

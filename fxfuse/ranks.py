@@ -129,6 +129,9 @@ def _permute(call: Call, x: Fact, out: Fact) -> None:
 
 
 def _transpose(call: Call, x: Fact, out: Fact) -> None:
+    dims = ints_of([call.args[n] for n in ("dim0", "dim1")])
+    if dims is not None and set(dims) - {0, -1}:  # a number may be transposed along those
+        x.at_least(_needed(dims))
     same_rank(x, out)
     pair = tuple(x.axis(call.args[n]) for n in ("dim0", "dim1"))
     if None not in pair:
@@ -147,8 +150,7 @@ def _reduce(call: Call, x: Fact, out: Fact) -> None:
         else:
             out.at_most(0)
         return
-    if len(dims) > 1:
-        x.at_least(len(dims))
+    x.at_least(_needed(dims) if len(dims) > 1 or dims[0] not in (0, -1) else 0)
     if keep:
         same_rank(x, out)
     elif x.low or out.low:  # a number may be reduced along dim 0 and stays a number
@@ -164,6 +166,11 @@ def _reduce(call: Call, x: Fact, out: Fact) -> None:
         out.axes.update(dict.fromkeys(reduced, 1))
     else:
         _link(x, out, {a + sum(r > a for r in reduced): a for a in left})
+
+
+def _needed(dims: tuple[int, ...]) -> int:
+    """How many dims a tensor has at least that has these different ones."""
+    return max(len(dims), *(d + 1 if d >= 0 else -d for d in dims))
 
 
 def _unsqueeze(call: Call, x: Fact, out: Fact) -> None:
@@ -193,11 +200,12 @@ def _squeeze(call: Call, x: Fact, out: Fact) -> None:
 
 def _adaptive(call: Call, x: Fact, out: Fact) -> None:
     spatial, size = call.spatial or 0, call.args["output_size"]
-    x.at_least(spatial + 1)
-    x.at_most(spatial + 2)
+    sizes = (size,) * spatial if isinstance(size, int) else size
+    mean = spatial > 1 and sizes in ((1,) * spatial, [1] * spatial)  # then PyTorch takes any rank
+    x.at_least(spatial + 1 - mean)
+    x.at_most(99 if mean or not isinstance(sizes, (tuple, list)) else spatial + 2)
     same_rank(x, out)
     _link(x, out, {-spatial - 1: -spatial - 1})
-    sizes = (size,) * spatial if isinstance(size, int) else size
     if isinstance(sizes, (tuple, list)) and len(sizes) == spatial:
         out.axes.update({i - spatial: n for i, n in enumerate(sizes) if isinstance(n, int)})
 
@@ -221,6 +229,7 @@ def _expand(call: Call, x: Fact, out: Fact) -> None:
 
 _OF_ONE: dict[str, Callable[[Call, Fact, Fact], None]] = {
     "same": _same,
+    "cast": _same,
     "layer_norm": _layer_norm,
     "flatten": _flatten,
     "unflatten": _unflatten,

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
+import re
 from collections import OrderedDict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
@@ -22,9 +21,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Captured
+from .conditions import VARIES, Conditions, number
 from .fact import KNOWN
 from .fold import tensor_at
-from .input_checks import InputChecks, readable
+from .input_checks import InputChecks
+from .inputs import Part, parts
 from .names import plain
 from .refusal import CaptureError
 
@@ -36,25 +37,23 @@ _MODES = {
     "_enter_autocast": "enters torch.autocast",
 }
 _PLAIN = (bool, int, float, str, type(None))
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
-def rebuild(model: nn.Module, inputs: tuple[Any, ...], program: Any) -> Captured:
-    """The graph of `program`, which was exported from `model` with `inputs`.
+def rebuild(model: nn.Module, inputs: tuple[Any, ...], program: Any, holds: Conditions) -> Captured:
+    """The graph of `program`, which was exported from `model` for inputs like `inputs` and holds where `holds` does.
 
     Raises:
         CaptureError: it holds what a graph of tensors cannot: another gradient mode, autocast, control
             flow operators, objects that are no tensors.
     """
     new = _Rebuilder(model, program)
-    new.arguments(inspect.signature(model.forward), inputs)
-    new.checks()
+    new.arguments(parts(model, inputs), holds)
     for node in new.source.graph.nodes:
         if node.op == "output":
             new.output(node)
         elif node.op == "call_function":
             new.copy(node)
-    return Captured(new.graph, model, new.constants, how="export", general=new.general())
+    return Captured(new.graph, model, new.constants, how="export", general=new.general(holds, parts(model, inputs)))
 
 
 class _Rebuilder:
@@ -65,95 +64,54 @@ class _Rebuilder:
         self.nodes: dict[Node, Any] = {}  # by node of the program
         self.state: dict[str, Node] = {}
         self.constants: dict[str, Tensor] = {}
-        self.inputs: dict[str, Node] = {}  # by expression (`xs[0]`), containers included
-        self.values: dict[str, Any] = {}  # the tensors and numbers among them, in the order of the program
-        self.notes: dict[str, str] = {}  # how the program's conditions name those
-        self.containers: dict[str, int] = {}
-        self.left_out: dict[str, Any] = {}
         self.paths: dict[int, str] = {}
         named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
         for path, tensor in (pair for pairs in named for pair in pairs):
             self.paths.setdefault(id(tensor), path)
 
-    def arguments(self, signature: inspect.Signature, inputs: tuple[Any, ...]) -> None:
-        """One placeholder a parameter of the forward; those that `inputs` leave out are held to their default."""
-        given = signature.bind(*inputs).arguments
-        for name, parameter in signature.parameters.items():
-            plain_default = isinstance(parameter.default, _PLAIN)
-            default = parameter.default if plain_default else inspect.Parameter.empty
-            if name in given:
-                star = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else ""
-                self.inputs[name] = self.graph.placeholder(star + name, default_value=default)
-            elif plain_default:
-                self.inputs[name] = self.graph.placeholder(name, default_value=default)
-                self.left_out[name] = default
-        for name, value in given.items():
-            self._below(name, f"L['{name}']", value)
+    def arguments(self, given: Sequence[Part], holds: Conditions) -> None:
+        """One placeholder a parameter of the forward, and checks of all that is taken for granted of them.
 
-    def _below(self, name: str, note: str, value: Any) -> None:
-        """Take every tensor and number below an argument out of its container."""
-        parts, _ = pytree.tree_flatten_with_path(value, is_leaf=lambda v: v is not value)
-        if len(parts) == 1 and parts[0][1] is value:
-            self.values[name], self.notes[note] = value, name
-            return
-        self.containers[name] = len(value)
-        for (key,), part in parts:
-            take, index = (getattr, key.name) if isinstance(key, pytree.GetAttrKey) else (operator.getitem, _index(key))
-            self.inputs[f"{name}{key}"] = self.graph.call_function(take, (self.inputs[name], index))
-            self._below(f"{name}{key}", f"{note}{key}", part)
-
-    def checks(self) -> None:
-        """Checks of rank, dtype and sizes of every input, and of what the forward decided by them."""
-        check = InputChecks(self.graph, self.inputs)
-        for name, count in self.containers.items():
-            check.length(name, count)
+        Parameters that are not given are held to their default.
+        """
+        made = self._placeholders({p.name for p in given})
+        check = InputChecks(self.graph, made)
+        for part in given:
+            if part.inside:
+                field = isinstance(part.key, pytree.GetAttrKey)
+                take, index = (getattr, part.key.name) if field else (operator.getitem, _index(part.key))
+                made[part.name] = self.graph.call_function(take, (made[part.inside], index))
+            if not part.leaf:
+                check.length(part.name, len(part.value))
         placeholders = [n for n in self.source.graph.nodes if n.op == "placeholder"]
-        for (name, example), node in zip(self.values.items(), placeholders, strict=True):
-            self.nodes[node] = self.inputs[name]
-            self._know(self.inputs[name], node)
-            check.value(name, example)
-        for name, default in self.left_out.items():
-            check.value(name, default)
-        first: dict[str, str] = {}
-        for (name, example), node in zip(self.values.items(), placeholders, strict=True):
-            for dim, size in enumerate(node.meta["val"].shape if isinstance(example, Tensor) else ()):
-                for condition in self._bounds(f"{name}.size({dim})", size, first):
-                    check.condition(condition)
-        for guard, place in zip(self.program._guards_code, self._places(), strict=True):
-            check.condition(readable(guard, self.notes), place)
+        for part, node in zip((p for p in given if p.leaf), placeholders, strict=True):
+            self.nodes[node] = made[part.name]
+            self._know(made[part.name], node)
+            check.value(part.name, part.value)
+        for name, parameter in self._left_out({p.name for p in given}):
+            check.value(name, parameter.default)
+        for text, place in holds.items():
+            check.condition(text, place)
 
-    def general(self) -> bool:
-        """Whether the graph holds for every batch and size: nothing was decided by them, channels aside."""
-        tensors = [n for n in self.source.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)]
-        fixed = [d for n in tensors for d, s in enumerate(n.meta["val"].shape) if _number(s) is not None]
-        return not self.program._guards_code and set(fixed) <= {1} and not self.left_out
+    def general(self, holds: Conditions, given: Sequence[Part]) -> bool:
+        """Whether the graph holds for every batch and size: the number of channels is all that is taken for granted."""
+        channels = all(re.fullmatch(r".*\.size\(1\) == \d+", text) for text in holds)
+        return channels and not any(self._left_out({p.name for p in given}))
 
-    def _bounds(self, text: str, size: Any, first: dict[str, str]) -> Iterator[str]:
-        """What the program takes for granted of one size beside its conditions; `first` are sizes seen before."""
-        number = _number(size)
-        if number is not None:
-            yield f"{text} == {number}"
-            return
-        expression = size.node.expr
-        if str(expression) in first:
-            yield f"{text} == {first[str(expression)]}"
-        first.setdefault(str(expression), text)
-        bounds = self.program.range_constraints.get(expression)
-        if bounds is not None and bounds.lower > 0:
-            yield f"{text} >= {bounds.lower}"
-        if bounds is not None and bounds.upper < 2**62:
-            yield f"{text} <= {bounds.upper}"
+    def _placeholders(self, given: Collection[str]) -> dict[str, Node]:
+        made = {}
+        left_out = dict(self._left_out(given))
+        for name, parameter in inspect.signature(self.model.forward).parameters.items():
+            default = parameter.default if isinstance(parameter.default, _PLAIN) else inspect.Parameter.empty
+            star = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else ""
+            if name in given or name in left_out:
+                made[name] = self.graph.placeholder(star + name, default_value=default)
+        return made
 
-    def _places(self) -> list[str]:
-        """The line of the model that each condition comes from; "" for those of torch itself."""
-        sizes = [s for n in self.source.graph.nodes for s in _sizes(n.meta.get("val")) if _number(s) is None]
-        guards = sizes[0].node.shape_env.guards if sizes else []
-        codes = self.program._guards_code
-        if len(guards) != len(codes):
-            return [""] * len(codes)
-        frames = [g.sloc.framework_loc for g in guards]
-        ours = [not isinstance(f, str) and f is not None and not f.filename.startswith(_TORCH) for f in frames]
-        return [f"{f.filename}:{f.lineno}" if own else "" for f, own in zip(frames, ours, strict=True)]
+    def _left_out(self, given: Collection[str]) -> Iterator[tuple[str, inspect.Parameter]]:
+        for name, parameter in inspect.signature(self.model.forward).parameters.items():
+            if name not in given and isinstance(parameter.default, _PLAIN):
+                yield name, parameter
 
     def copy(self, node: Node) -> None:
         """One operation, on the values of the new graph."""
@@ -212,30 +170,24 @@ class _Rebuilder:
             raise CaptureError(f"the forward uses {target}, a {type(tensor).__name__} that a graph cannot hold")
         if id(tensor) in self.paths:
             return self.paths[id(tensor)]
-        if tensor_at(self.model, target) is not tensor:
-            while tensor_at(self.model, target) is not None or self.constants.get(target, tensor) is not tensor:
-                target += "_"
-            self.constants[target] = tensor
-        return target
+        if tensor_at(self.model, target) is tensor:
+            return target
+        name = target.replace(".", "_")
+        while hasattr(self.model, name) or self.constants.get(name, tensor) is not tensor:
+            name += "_"
+        self.constants[name] = tensor
+        return name
 
     def _know(self, new: Node, node: Node) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            new.meta[KNOWN] = (tuple(_number(s) for s in value.shape), value.dtype)
+            varies = node.meta.get(VARIES, ())
+            sizes = tuple(None if dim in varies else number(size) for dim, size in enumerate(value.shape))
+            new.meta[KNOWN] = (sizes, value.dtype)
 
 
 def _index(key: Any) -> Any:
     return key.idx if isinstance(key, pytree.SequenceKey) else key.key
-
-
-def _sizes(value: Any) -> list[Any]:
-    return list(value.shape) if isinstance(value, Tensor) else []
-
-
-def _number(size: Any) -> int | None:
-    """A size that is the same for all inputs."""
-    number = size if isinstance(size, int) else size.node.maybe_as_int()
-    return None if number is None else int(number)
 
 
 def _line(node: Node) -> str:

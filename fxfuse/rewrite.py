@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from . import schema
 from .algebra import needs_pad
 from .asked import answers
-from .assemble import assemble
+from .assemble import assemble, spelled
 from .call import SEVERAL
 from .capture import HOOKS, Captured
 from .constants import Attr, model_values
@@ -23,10 +23,10 @@ from .effects import rank_check, shape_reader
 from .kinds import is_number
 from .materialize import Stored, blank, layer, sources, tensors
 from .names import is_aten
-from .plan import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .record import Operator
 from .refusal import Refusal
 from .regions import Join, Step, exit_of, part_nodes
+from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site
 from .view import View
 
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
@@ -80,7 +80,7 @@ class Rewriter:
         done, failed = list[Site](), list(plan.refusals)
         stored = self._stored(plan)
         for site in plan.sites:
-            pairs = [(op, stored[op]) for op in _operators(site)]
+            pairs = [(op, stored[op]) for op in site.operators()]
             refused = [r.at(op.path) for op, r in pairs if isinstance(r, Refusal)]
             failed += refused
             done += [] if refused else [site]
@@ -99,7 +99,7 @@ class Rewriter:
 
     def _stored(self, plan: Plan) -> Mapping[Operator, Stored | Refusal]:
         """The weights of all sites, computed before anything is changed."""
-        ops = dict.fromkeys(op for site in plan.sites for op in _operators(site))
+        ops = dict.fromkeys(op for site in plan.sites for op in site.operators())
         return {op: blank(op) for op in ops} if self.dry_run else tensors(ops, self.values)
 
     def _requires_grad(self, attr: Attr) -> bool:
@@ -110,16 +110,18 @@ class Rewriter:
 
     def _release(self, sites: Iterable[Site]) -> None:
         """Free the names of modules and attributes that only the fused sites use."""
-        fused = {n for s in sites for n in _nodes(s)}
-        kept = {str(n.target) for n in self.graph.nodes if n.op == "call_module" and n not in fused}
-        kept |= {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and not set(n.users) <= fused}
+        fused = {n for s in sites for n in s.nodes()}
+        for node in reversed(self.graph.nodes):  # with what only they read of the weights
+            if node in self.view.constants and node.users and fused.issuperset(node.users):
+                fused.add(node)
+        kept = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr") and n not in fused}
         self.taken = kept
         self.above = {a for name in kept for a in _above(name)}
 
     def _name(self, op: Operator) -> str:
         """Path of the layer for `op`: that of the weight it replaces, made unique if still in use."""
         if op not in self.names:
-            base = op.path or "fused"
+            base = spelled(self.view.captured.root, op.path or "fused")
             name, count = base, 0
             while name in self.taken or name in self.above or not self.taken.isdisjoint(_above(name)):
                 count += 1
@@ -302,7 +304,9 @@ class Rewriter:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
-        return self.view.captured.modules | self.layers
+        captured = self.view.captured
+        known = {spelled(captured.root, path): module for path, module in captured.modules.items()}
+        return captured.modules | known | self.layers
 
     def params(self) -> int:
         """Parameters that the rewritten graph uses, each tensor once."""
@@ -327,19 +331,9 @@ def _whole_trees(done: list[Site], sites: tuple[Site, ...]) -> list[Site]:
     count = len(sites)
     while count != len(done):
         count, whole = len(done), {id(s) for s in done}
-        kept = {n for s in sites if id(s) not in whole for n in _nodes(s)}
-        done = [s for s in done if kept.isdisjoint(_nodes(s))]
+        kept = {n for s in sites if id(s) not in whole for n in s.nodes()}
+        done = [s for s in done if kept.isdisjoint(s.nodes())]
     return done
-
-
-def _operators(site: Site) -> list[Operator]:
-    """Operators of all fused stretches of a site, in order."""
-    return [f.op for f in fuses(site.segments)]
-
-
-def _nodes(site: Site) -> list[Node]:
-    """Nodes of all fused stretches of a site."""
-    return [n for f in fuses(site.segments) for p in f.parts for n in part_nodes(p)]
 
 
 def _above(name: str) -> list[str]:

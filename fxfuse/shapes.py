@@ -33,9 +33,9 @@ class Shapes(dict[Node, torch.Size]):
 class _Shapes(Interpreter):
     """Runs a captured graph on fake tensors and notes what shape each node gives."""
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: Captured, constants: dict[str, Tensor]) -> None:
         super().__init__(captured.root, graph=captured.graph)
-        self.constants = captured.constants
+        self.constants = constants
         self.shapes = Shapes()
 
     def fetch_attr(self, target: str) -> Any:
@@ -68,10 +68,10 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
         inspect.signature(captured.root.forward).bind(*inputs)
     except TypeError as error:
         raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
-    runner = _Shapes(captured)
     try:
         with restored(captured.root), _fake(inputs) as (mode, fakes), torch.no_grad():
-            _fake_state(runner, mode)
+            _fake_state(captured.root, mode)
+            runner = _Shapes(captured, tree_map_only(Tensor, mode.from_tensor, captured.constants))
             runner.run(*fakes, enable_io_processing=True)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
         if not any(isinstance(t, FakeTensor) for t in tree_leaves(inputs)):
@@ -102,7 +102,8 @@ def inputs_of(
         for p, m in modules.items()
     ]
     try:
-        with restored(model), _fake(inputs) as (_, fakes), torch.no_grad():
+        with restored(model), _fake(inputs) as (mode, fakes), torch.no_grad():
+            _fake_state(model, mode)
             model(*fakes)
     except Exception as error:  # a forward that looks at data stops where it does: what came before is known
         _unknown(error)
@@ -129,14 +130,16 @@ def _unknown(error: Exception) -> None:
     logger.info("no shapes known ahead: %s", text[0] if text else type(error).__name__)
 
 
-def _fake_state(runner: _Shapes, mode: FakeTensorMode) -> None:
-    """Put fake tensors in the place of the model's own, which a forward that counts its calls would write to."""
-    for module in runner.module.modules():
-        for table in (module._parameters, module._buffers, module.__dict__):
-            real = {k: v for k, v in table.items() if isinstance(v, Tensor)}
-            fake: dict[str, Any] = {k: mode.from_tensor(v) for k, v in real.items()}
-            table.update(fake)
-    runner.constants = {k: mode.from_tensor(v) for k, v in runner.constants.items()}
+def _fake_state(root: nn.Module, mode: FakeTensorMode) -> None:
+    """Put fakes in the place of all tensors of the model: an operation on real ones alone would run for real."""
+    for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for table in tables:
+            for name, value in list(table.items()):
+                if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+                    table[name] = mode.from_tensor(value)
 
 
 def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

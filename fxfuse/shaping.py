@@ -70,6 +70,7 @@ _TABLE |= {f"adaptive_avg_pool{d}d": ("adaptive_avg_pool", "input output_size", 
 _VARIADIC = {"view": "reshape", "reshape": "reshape", "permute": "permute", "expand": "expand", "repeat": "repeat"}
 _SPACES = (torch, F, operator)
 _FUNCTIONS = {getattr(space, n): n for n in (*_TABLE, "reshape", "permute") for space in _SPACES if hasattr(space, n)}
+_CASTS = {"to", "long", "int", "bool", "bfloat16", "cpu", "cuda"}
 _NOT_METHODS = {"interpolate", "layer_norm", "group_norm", "normalize", "stack", "where", "embedding"}
 _NOT_METHODS |= {"scaled_dot_product_attention", *(f"adaptive_avg_pool{d}d" for d in (1, 2, 3))}
 _SAME = (nn.Softmax, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -85,15 +86,18 @@ def read_shaping(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
         name = str(node.target)
     else:
         return None
+    if name in _CASTS and node.args:
+        return Call("cast", {"input": node.args[0]})
     if name in _VARIADIC:
         return _variadic(node, _VARIADIC[name])
     if name not in _TABLE:
         return None
     op, text, defaults = _TABLE[name]
     names = text.split()
-    if len(node.args) > len(names) or any(k not in names for k in node.kwargs):
+    kwargs = {k: v for k, v in node.kwargs.items() if k in names or (v is not None and k != "_stacklevel")}
+    if len(node.args) > len(names) or any(k not in names for k in kwargs):
         return None
-    bound = defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+    bound = defaults | dict(zip(names, node.args, strict=False)) | kwargs
     return Call(op, bound, _spatial(name)) if all(n in bound for n in names) else None
 
 

@@ -7,16 +7,19 @@ tracing, or is more than its graph, is kept whole: it stays one call in the grap
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import operator
 import sys
 from collections import deque
 from collections.abc import Callable
+from types import GetSetDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.proxy import Attribute
 
 from .containers import put_back
 from .kinds import extremes_recorded, is_number, is_tensor, number_type
@@ -32,6 +35,8 @@ HOOKS = (
 _NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
 CHECKED = "fxfuse_default"
+_ATTRIBUTES = {n: inspect.getattr_static(Tensor, n) for n in dir(Tensor) if not n.startswith("_")}
+_PROPERTIES = {n for n, a in _ATTRIBUTES.items() if isinstance(a, (property, GetSetDescriptorType))}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -40,6 +45,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 class FuseProxy(Proxy):
     """A proxy that records what it is written with, and does not guess what it cannot know."""
+
+    def __getattr__(self, name: str) -> Attribute:
+        attribute = FuseAttribute(self, name)
+        if name in _PROPERTIES:
+            _ = attribute.node  # read now: `x.shape` behind an `x.squeeze_()` would be another
+        return attribute
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -69,6 +80,16 @@ class FuseProxy(Proxy):
         if (number := number_type(self.node)) is not None:
             return number
         raise CaptureError("the forward asks for the type of a value, which is only known when it runs")
+
+
+class FuseAttribute(Attribute, FuseProxy):
+    """An attribute of a proxy; if it is a method to be called, no node of its own is made."""
+
+    @property
+    def node(self) -> Node:  # type: ignore[override]
+        if self._node is not None and self._node._erased:  # it was made in a trace that was given up
+            self._node = None
+        return super().node
 
 
 def _writing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

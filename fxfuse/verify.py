@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from .refusal import VerificationError
@@ -64,8 +64,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 class _Recorder(Interpreter):
     """Keeps the tensors of the named nodes."""
 
-    def __init__(self, module: GraphModule, names: Sequence[str]) -> None:
-        super().__init__(module)
+    def __init__(self, root: nn.Module, graph: Graph, names: Sequence[str]) -> None:
+        super().__init__(root, graph=graph)
         self.names, self.seen = set(names), dict[str, Tensor]()
 
     def run_node(self, n: Node) -> Any:
@@ -90,10 +90,9 @@ def first_difference(
     drop_identities(captured)
     for name, tensor in captured.constants.items():
         setattr(captured.root, name, tensor)
-    original = GraphModule(captured.root, captured.graph)
     pairs = [(n.meta["fxfuse_exit"], n) for n in fused.graph.nodes if "fxfuse_exit" in n.meta]
-    before = _Recorder(original, [name for name, _ in pairs])
-    after = _Recorder(fused, [n.name for _, n in pairs])
+    before = _Recorder(captured.root, captured.graph, [name for name, _ in pairs])
+    after = _Recorder(fused, fused.graph, [n.name for _, n in pairs])
     with torch.no_grad():
         before.run(*copy.deepcopy(inputs))
         after.run(*copy.deepcopy(inputs))

@@ -50,6 +50,7 @@ class View:
     shapes: Mapping[Node, torch.Size]
     calls: dict[Node, Call] = field(default_factory=dict)
     passage: Passage = field(default_factory=Passage)
+    carries: Mapping[Node, Affine] = field(default_factory=dict)
 
     def data_users(self, node: Node) -> list[Node]:
         """Users that read more than its rank, dtype or size."""
@@ -88,7 +89,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
     facts = infer(graph, calls, shapings, modules, shapes)
     fills = border_fills(calls, facts, effects.position)
     effects.forget(n for fill in fills.values() for n in fill.writes)
-    written = effects.written_attributes() if effects.writes else set()
+    written = effects.written_attributes()
     affine: dict[Node, Affine] = {}
     refused: dict[Node, Refusal] = {}
     for node, call in calls.items():
@@ -117,7 +118,7 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
 def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     """The view with those carries among its affine nodes that lie between a factor and a layer."""
     graph = view.captured.graph
-    if not any(a.op.kind == "scale" for a in view.affine.values()):
+    if not any(_apart(node, view) for node in view.affine):
         return view
     dims = Dims(graph, view.calls, shapings, view.facts, view.captured.modules)
     steps = dict[Node, Affine]()
@@ -131,7 +132,16 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     passage = find_passage(steps, view.readers)
     chosen = view.affine.keys() | passage.carries
     affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
-    return replace(view, affine=affine_nodes, passage=passage)
+    carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
+    return replace(view, affine=affine_nodes, passage=passage, carries=carries)
+
+
+def _apart(node: Node, view: View) -> bool:
+    """Whether a node is a factor that follows no layer."""
+    affine = view.affine[node]
+    before = view.affine.get(affine.inputs[0][0])
+    follows = before is not None and before.kind == "unary" and before.op.kind in ("conv", "scale", "identity")
+    return affine.kind == "unary" and affine.op.kind == "scale" and not follows
 
 
 def _resolved(args: dict[str, Any], constants: Mapping[Node, Any]) -> dict[str, Any]:

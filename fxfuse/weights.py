@@ -7,15 +7,20 @@ double precision, so that a fold costs one pass over the weight and next to no m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .refusal import Refusal
+
 # Numbers in double precision at a time. So few stay in the cache, and torch does not start its own threads for
 # them, which wait for each other at every run: on a machine that is busy that took a hundred times as long.
 RUN = 32_000
+# float32 and bfloat16 hold all that a model does: below 1e-38 no pass need look.
+TINY = 1e-30
 
 
 def double(tensor: Tensor) -> Tensor:
@@ -78,13 +83,48 @@ class Numbers(NamedTuple):
             whole[run] = rows
         return whole
 
-    def rounded(self, dtype: torch.dtype) -> Tensor | None:
-        """The weight in `dtype`, rounded once; None where a number is not finite there."""
+    def rounded(self, dtype: torch.dtype, groups: int = 1) -> Tensor | Refusal:
+        """The weight in `dtype`, rounded once; refused where `dtype` cannot hold it."""
         first = self.terms[0].weight
         out = torch.empty(self.shape, dtype=dtype, device=first.device)
+        narrow = torch.finfo(dtype).tiny > TINY
+        peaks = torch.zeros(self.shape[:2], dtype=torch.float64, device=first.device) if narrow else None
         for run, rows in self.runs() if first.device.type != "meta" else ():
             here = out[run].copy_(rows)
             low, high = torch.aminmax(torch.view_as_real(here) if here.is_complex() else here)
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                return None
-        return out
+                return overflow(rows, dtype)
+            if peaks is not None:
+                peaks[run] = rows.abs().reshape(*rows.shape[:2], -1).amax(2)
+        return out if peaks is None or not peaks.numel() else _vanishing(peaks, dtype, groups) or out
+
+
+def overflow(numbers: Tensor, dtype: torch.dtype) -> Refusal:
+    """The refusal of numbers that are not finite in `dtype`."""
+    largest, limit = float(numbers.abs().max()), torch.finfo(dtype).max
+    there = not math.isfinite(largest)
+    return Refusal(
+        f"the merged weight has numbers that are not finite in {dtype}",
+        detail="the model has such already" if there else f"the largest is {largest:.3g}, the limit {limit:.3g}",
+        remedy="" if there else "fuse in a wider dtype and convert afterwards",
+    )
+
+
+def _vanishing(peaks: Tensor, dtype: torch.dtype, groups: int) -> Refusal | None:
+    """A channel, of the output or the input, all of whose weights become subnormal or 0.
+
+    `peaks` [N, C/g] are the largest numbers over the taps. What is small beside others of its channel does
+    not count: what it loses is less than what they lose to rounding.
+    """
+    columns = peaks.reshape(groups, -1, peaks.shape[1]).amax(1).flatten()
+    for name, channels in (("output", peaks.amax(1)), ("input", columns)):
+        lost = (channels > 0) & (channels < torch.finfo(dtype).tiny)
+        if lost.any():
+            worst = int(torch.where(lost, channels, math.inf).argmin())
+            return Refusal(
+                f"the merged weight has numbers too small for {dtype}",
+                detail=f"{int(lost.sum())} of {len(channels)} {name} channels; the weights of channel {worst} reach "
+                f"{float(channels[worst]):.3g}, the smallest normal number is {torch.finfo(dtype).tiny:.3g}",
+                remedy="fuse in a wider dtype and convert afterwards",
+            )
+    return None

@@ -1,0 +1,196 @@
+"""What random models found: effects that a rewrite, a trace or the look at shapes once got wrong."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randomize
+from safety import agrees, usual
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import fxfuse
+
+EXAMPLES = torch.ones(2, 4, 5, 5, dtype=torch.float64)
+
+
+def counted(self: Any, x: Tensor) -> Tensor:
+    self.total += 1
+    self.vector.mul_(2)
+    return self.b(self.a(x)) * self.total + self.vector
+
+
+def weight_written(self: Any, x: Tensor) -> Tensor:
+    self.p.weight.data.mul_(2)
+    return self.b(self.a(self.p(x)))
+
+
+@pytest.mark.parametrize("forward", [counted, weight_written])
+def test_examples_write_to_no_buffer_and_no_weight(forward: Any) -> None:
+    """Operations on nothing but real tensors used to run for real while shapes were found."""
+    parts = {"total": torch.zeros(()), "vector": torch.ones(4, 1, 1)}
+    agrees(usual(forward, **{n: t.double() for n, t in parts.items()}), examples=EXAMPLES)
+
+
+def pruned() -> nn.Module:
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    prune.random_unstructured(conv, "weight", 0.5)
+    return conv
+
+
+def normed() -> nn.Module:
+    return cast(nn.Module, torch.nn.utils.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)))
+
+
+@pytest.mark.parametrize("layer", [pruned, normed])
+def test_a_weight_that_a_hook_computes_is_read_after_the_hook_has_run(layer: Any) -> None:
+    """It is a plain attribute, and until the first call not what the calls see."""
+    agrees(usual(lambda s, x: s.b(F.conv2d(s.h(x), s.h.weight)), h=layer()), fires=False)
+    agrees(usual(lambda s, x: s.b(s.a(x)) + F.conv2d(s.h(x), s.h.weight, padding=1), h=layer()), fires=True)
+
+
+class Twice(nn.Module):
+    """Computes with the weight of a layer whose hook has just computed it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return F.conv2d(self.layer(x), self.layer.weight * 2)
+
+
+@pytest.mark.parametrize("layer", [pruned, normed])
+def test_arithmetic_on_a_weight_that_a_hook_computes_stays_whole(layer: Any) -> None:
+    agrees(usual(lambda s, x: s.b(s.a(s.t(x))), t=Twice(layer())), fires=True, refused="stays Python")
+
+
+def size_before(self: Any, x: Tensor) -> Tensor:
+    y = self.b(self.a(x))
+    size = y.shape
+    y.unsqueeze_(0)
+    return y.view(size)
+
+
+def written_in_a_module(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x).data
+    return self.b(self.writer(y))
+
+
+class Writer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, 0] += 1
+        return x
+
+
+def test_attributes_are_read_where_the_forward_reads_them() -> None:
+    agrees(usual(size_before), fires=True)
+    agrees(usual(written_in_a_module, writer=Writer()), fires=False)
+    inner = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).double()
+    agrees(usual(lambda s, x: s.inner(s.writer(x.data)), writer=Writer(), inner=inner), fires=True)
+
+
+def list_written(self: Any, x: Tensor) -> Tensor:
+    y = self.p(x)
+    torch._foreach_mul_([x, y], 2.0)
+    return self.b(y) + self.b(self.a(x + x))
+
+
+def list_written_between(self: Any, x: Tensor) -> Tensor:
+    y = self.p(x)
+    z = y * 2
+    torch._foreach_mul_([x, y], 2.0)
+    return self.a(z) + y
+
+
+def test_every_tensor_of_a_list_is_written() -> None:
+    agrees(usual(list_written), refused="read elsewhere")
+    agrees(usual(list_written_between), fires=False)
+
+
+def unknown(x: Tensor) -> Tensor:
+    """Four channels, which only a run can tell."""
+    return torch.cat([x[:, :2], x.repeat(1, 2, 1, 1)[:, :2]], 1)
+
+
+def test_a_constant_that_broadcasts_the_channels_is_no_factor_of_a_channel() -> None:
+    """One channel times (4, 1, 1) gives four; folded into the next layer, that would read one."""
+    parts: dict[str, Any] = {"one": nn.Conv2d(4, 1, 1), "k": torch.arange(1, 5).double().view(4, 1, 1)}
+    differ, may = "the channel counts differ and broadcast", "may broadcast the channels"
+    agrees(usual(lambda s, x: s.b(s.a(s.one(x) * s.k)), **parts), fires=True, refused=differ)
+    agrees(usual(lambda s, x: s.b(s.a(s.one(x).relu() + s.k)), **parts), fires=True, refused=differ)
+    agrees(usual(lambda s, x: s.b(s.a(unknown(s.a(x)) * s.k)), **parts), fires=True, refused=may)
+    examples = torch.ones(2, 4, 5, 5, dtype=torch.float64)
+    agrees(usual(lambda s, x: s.p(x.sum(1, True) * s.k), **parts), examples=examples, fires=False, refused=differ)
+    agrees(usual(lambda s, x: s.p(x.cumsum(1) * s.k), **parts), examples=examples, fires=True)
+
+
+class Total(nn.Module):
+    """Cannot be traced, and changes what others may read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Buffer(torch.ones(4, 1, 1))
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            self.factor.mul_(2)
+            self.conv.weight.data.mul_(2)
+        return x
+
+
+STATISTICS = (
+    lambda s, x: s.b(s.a(F.batch_norm(s.p(x), s.b.running_mean, s.b.running_var, training=True))),
+    lambda s, x: s.b(s.a(F.batch_norm(s.p(x), s.same.running_mean, s.same.running_var, training=True))),
+    lambda s, x: s.b(s.a(F.instance_norm(s.p(x), s.same.running_mean, s.same.running_var))),
+)
+
+
+@pytest.mark.parametrize("forward", STATISTICS)
+def test_statistics_updated_under_any_name_are_not_folded(forward: Any) -> None:
+    model = usual(forward)
+    model.same = model.b
+    agrees(model, fires=False, refused="the forward itself writes its weights")
+
+
+def taken_over(self: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y.set_(x)
+    y += self.p(y)
+    return y
+
+
+def test_a_tensor_that_takes_over_the_memory_of_another() -> None:
+    agrees(usual(taken_over), fires=False, refused="writes a tensor in place that is read elsewhere")
+
+
+def test_some_branches_of_a_concatenation_along_another_axis() -> None:
+    """Two of three can be merged on the channels, which is not where they are concatenated."""
+    model = usual(lambda s, x: torch.cat([F.avg_pool2d(x, 3, 1, 1), s.a(x).relu(), s.a(x), s.o(x)], -1))
+    model.o = nn.Conv2d(4, 4, 3, padding=1).double()
+    agrees(model, fires=False)
+    forced = fxfuse.optimize(model.eval(), patterns=["concat!"])
+    torch.testing.assert_close(forced(EXAMPLES), model(EXAMPLES))
+
+
+def test_what_a_module_kept_whole_may_write_is_not_folded() -> None:
+    reason = "the forward itself writes its weights"
+    agrees(usual(lambda s, x: s.b(s.a(s.t(x))) + s.p(x) * s.t.factor, t=Total()), fires=True)
+    agrees(usual(lambda s, x: s.b(s.t.conv(s.t(x))), t=Total()), fires=False, refused=reason)
+    model = usual(lambda s, x: s.b(s.p(s.t(x))), t=Total())
+    model.p.weight = model.t.conv.weight
+    agrees(model, fires=False, refused=reason)
+
+
+def test_a_weight_written_under_another_name_is_not_folded() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.p.weight.data.mul_(2)
+        return cast(Tensor, self.b(self.other(x)))
+
+    model = usual(forward, other=nn.Conv2d(4, 4, 1))
+    model.other.weight = model.p.weight
+    agrees(model, fires=False, refused="the forward itself writes its weights")
