@@ -52,6 +52,9 @@ def test_nor_is_it_kept_from_the_layer_before_it(how: str) -> None:
     check(Asks(how, nn.Conv2d(4, 4, 3)), convs=2, norms=0)
 
 
+ELSEWHERE = "the output of the layer before batch_norm is read elsewhere too"
+
+
 class Twice(nn.Module):
     """A batch norm after parallel convolutions whose sum is read elsewhere too."""
 
@@ -77,7 +80,7 @@ class Alone(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "convs", "reason"),
-    [(Twice(), 1, "the output of the layer before batch_norm is read elsewhere too"), (Alone(), 0, "follows no conv")],
+    [(Twice(), 1, ELSEWHERE), (Alone(), 0, "follows no convolution")],
     ids=["read twice", "concatenation of one"],
 )
 def test_every_batch_norm_left_has_its_reason(model: nn.Module, convs: int, reason: str) -> None:
