@@ -12,8 +12,9 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial
+from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
@@ -90,11 +91,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch.export logs of an attempt that fails, and warnings that the model gives when it runs."""
+    """Without what torch.export logs and prints of an attempt that fails, and warnings that the model gives."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
