@@ -17,6 +17,7 @@ from .arguments import Affine, layout
 from .call import Call
 from .dims import Dims, Shape, kept_axes, order_of
 from .fact import Fact
+from .names import is_aten, plain
 from .record import Operator
 from .shaping import ints_of
 
@@ -28,17 +29,19 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
     """What `node` does to the axes of its input; None where it may treat channels differently.
 
     In the operator `axes` are pairs (axis of the output, axis of the input) from the end, None where all
-    stay; `turn` is how a rearrangement moves values, for another to be recognized as undoing it.
+    stay; `turn` is how a rearrangement moves values, for another to be recognized as undoing it; `how` names
+    what it does to the order in memory, see `strides`.
     """
     if call is None:
-        kept = node.op == "call_method" and node.target in ("contiguous", "clone") and len(node.args) == 1
-        return _affine(node, node.args[0], None, None) if kept else None
+        name = plain(node.target) if node.op == "call_method" or is_aten(node) else ""
+        kept = name in ("contiguous", "clone") and len(node.args) == 1 and not node.kwargs
+        return _affine(node, node.args[0], None, None, name) if kept else None
     source = call.args.get("input")
     if not isinstance(source, Node):
         return None
     if call.op == "adaptive_avg_pool" or (call.op == "avg_pool" and _averages(call)):
         axis = -(call.spatial or 0) - 1
-        return _affine(node, source, {axis: axis}, None)
+        return _affine(node, source, {axis: axis}, None, f"pool {call.spatial}")
     if call.op not in _RESHAPES | {"permute", "transpose", "average", "interpolate"}:
         return None
     shape, assumes = dims.of(source), None
@@ -49,7 +52,7 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
         after = None if shape is None else dims.reshaped(shape, call)
         turn = ("reshape", dims.of(source) or source.name, _name(node, call, dims, after if assumes is None else None))
         axes = {} if shape is None or after is None else kept_axes(shape, after)
-        return _affine(node, source, axes, turn, assumes)
+        return _affine(node, source, axes, turn, "unflatten" if call.op == "unflatten" else "reshape", assumes)
     if shape is None:
         return None
     if call.op in ("permute", "transpose"):
@@ -57,14 +60,14 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
         if order is None:
             return None
         axes = {o - len(order): i - len(order) for o, i in enumerate(order)}
-        return _affine(node, source, axes, ("permute", order), assumes)
+        return _affine(node, source, axes, ("permute", order), "permute", assumes)
     averaged = _averaged(call, len(shape))
-    return None if averaged is None else _affine(node, source, averaged, None, assumes)
+    return None if averaged is None else _affine(node, source, averaged, None, call.op, assumes)
 
 
-def _affine(node: Node, source: Any, axes: Axes | None, turn: Any, assumes: int | None = None) -> Affine:
+def _affine(node: Node, source: Any, axes: Axes | None, turn: Any, how: str, assumes: int | None = None) -> Affine:
     pairs = None if axes is None else tuple(sorted(axes.items()))
-    op = Operator(kind="carry", law="carry", path=node.name, consts=(("axes", pairs), ("turn", turn)))
+    op = Operator(kind="carry", law="carry", path=node.name, consts=(("axes", pairs), ("turn", turn), ("how", how)))
     return Affine("unary", ((source, 1.0),), op, assumes=assumes)
 
 

@@ -22,7 +22,7 @@ from . import schema
 from .call import Call
 from .guards import storage
 from .layers import layer_type
-from .names import plain
+from .names import is_aten, plain
 from .tracer import has_hooks
 
 _INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
@@ -64,8 +64,7 @@ class Effects:
             targets = _written(node, calls.get(node), modules)
             if targets:
                 self.writes[node] = targets
-            kept = [] if node.target == "set_" else targets  # whose result shares what it is given, too
-            for source in (*targets, *_shared(node, kept, calls.get(node), modules)):
+            for source in (*targets, *_shared(node, targets, calls.get(node), modules)):
                 self.classes.union(node, source)
         self._members: dict[Node, list[Node]] = {}
         if self.writes:
@@ -232,7 +231,8 @@ def asks_size(user: Node, node: Node) -> bool:
     """Whether `user` reads nothing but the size of `node`."""
     if shape_reader(user) == "shape":
         return True
-    like = user.op == "call_method" and user.target in ("reshape_as", "view_as", "expand_as")
+    method = user.op == "call_method" or is_aten(user)
+    like = method and plain(user.target) in ("reshape_as", "view_as", "expand_as")
     return like and len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
 
 

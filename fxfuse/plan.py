@@ -9,7 +9,7 @@ No weight is touched here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, reduce
@@ -25,7 +25,7 @@ from .partition import FREE, Group, Price, cut, partition, plus
 from .pattern import Selection
 from .record import IDENTITY, Operator
 from .refusal import Refusal
-from .regions import Chain, Join, Step, find, part_nodes
+from .regions import Chain, Join, Step, find, part_nodes, steps_of
 from .reorder import orders
 from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
 from .view import View
@@ -133,10 +133,16 @@ class Planner:
     def _chain(self, chain: Chain, area: Fraction) -> _Option:
         """Best cover of the parts in the order that allows the cheapest."""
         best = self._cover(chain, area)
-        for order in orders(chain.parts, lambda n: self.view.affine[n].assumes is None):
+        for order in orders(chain.parts, self._free):
             other = self._cover(replace(chain, parts=order), area)
             best = other if other.price < best.price else best
         return best
+
+    def _free(self, node: Node, settled: bool = True) -> bool:
+        """Whether a node may vanish: no rank was taken for granted, and its order in memory is nobody's concern."""
+        affine = self.view.affine
+        layers = all(u in affine and affine[u].op.weighted for u in self.view.readers(node))
+        return affine[node].assumes is None and (settled or layers)
 
     def _cover(self, chain: Chain, area: Fraction) -> _Option:
         """Best cover of the parts, and the operator of them all where there is one."""
@@ -189,7 +195,7 @@ class Planner:
         """Output positions after a part."""
         if isinstance(part, Step):
             return before if part.moved else self._area(part.node, before, part.op)
-        spatial = next((s.op.spatial for s in _steps(part) if s.op.spatial is not None), None)
+        spatial = next((s.op.spatial for s in steps_of(part) if s.op.spatial is not None), None)
         counted = self._positions(part.node, spatial)
         if counted is not None:
             return counted
@@ -305,12 +311,6 @@ def _on_axis(join: Join, op: Operator | Refusal) -> Operator | Refusal:
     if isinstance(op, Refusal) or join.spatial in (None, op.spatial):
         return op
     return Refusal("the concatenated axis is not the channel axis of its inputs")
-
-
-def _steps(join: Join) -> Iterator[Step]:
-    """Every step below a join, branch by branch."""
-    for part in (p for b in join.branches for p in b.parts):
-        yield from (part,) if isinstance(part, Step) else _steps(part)
 
 
 def _rank(op: Operator | Refusal) -> int:

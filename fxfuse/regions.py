@@ -24,12 +24,14 @@ from .view import View
 class Step:
     """One operator; `node` is None for a coefficient that belongs to a join (`a - b`).
 
-    A `moved` step acts at another place than its node, see `reorder`; `others` go with the node.
+    A `moved` step acts at another place than its node, see `reorder`; there the values are to `lay` in row-major
+    order, as it gave them. `others` go with the node.
     """
 
     node: Node | None
     op: Operator
     moved: bool = False
+    lay: bool = False
     others: tuple[Node, ...] = ()
 
 
@@ -63,6 +65,20 @@ def part_nodes(part: Step | Join) -> Iterator[Node]:
     for branch in part.branches:
         for inner in branch.parts:
             yield from part_nodes(inner)
+
+
+def first_spatial(part: Step | Join) -> int | None:
+    """On how many spatial dims the first layer in a part works; None where there is none."""
+    return next((s.op.spatial for s in steps_of(part) if s.op.weighted), None)
+
+
+def steps_of(part: Step | Join) -> Iterator[Step]:
+    """Every step below a part, branch by branch."""
+    if isinstance(part, Step):
+        yield part
+    else:
+        for inner in (p for b in part.branches for p in b.parts):
+            yield from steps_of(inner)
 
 
 def exit_of(parts: Iterable[Step | Join]) -> Node:

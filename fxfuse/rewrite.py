@@ -29,6 +29,8 @@ from .regions import Join, Step, exit_of, part_nodes
 from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site
 from .view import View
 
+RESHAPES: dict[Any, Any] = {"view": "reshape", "view_as": "reshape_as"}
+RESHAPES[torch.ops.aten.view.default] = torch.ops.aten.reshape.default
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
 
 
@@ -141,7 +143,7 @@ class Rewriter:
                     coefficient *= float(segment.step.op.const("factor"))
                 else:
                     value = segment.step.node
-                    self._guard_carry(value, segments)
+                    self._keep_carry(value, segments)
             elif isinstance(segment, Fuse):
                 end = exit_of(segment.parts)
                 new = self._layer_call(segment, value, end)
@@ -184,7 +186,12 @@ class Rewriter:
         """Let those that read a factor which has moved elsewhere read its input."""
         for part in fuse.parts:
             if isinstance(part, Step) and part.moved and part.node is not None:
-                self._replace(part.node, self._current(self.view.affine[part.node].inputs[0][0]))
+                value = self._current(self.view.affine[part.node].inputs[0][0])
+                if part.lay and part.node.users:
+                    with self.graph.inserting_before(part.node):
+                        value = self.graph.call_method("contiguous", (value,))
+                    self.condemned.add(value)  # if nobody reads it in the end
+                self._replace(part.node, value)
 
     def _current(self, node: Node) -> Node:
         """What stands for a node of the plan now: sites that read it are emitted after its own."""
@@ -243,13 +250,14 @@ class Rewriter:
                     moved = isinstance(part, Step) and part.moved
                     self._check_rank(self._current(affine[node].inputs[0][0]) if moved else source, rank)
 
-    def _guard_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:
-        """Check the rank of what a carry reads, if a factor has moved past it."""
+    def _keep_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:
+        """If a factor has moved past a carry, check the rank of what it reads, which may lie in any order now."""
         affine = self.view.affine[node]
-        if affine.op.kind != "carry" or affine.assumes is None:
-            return
-        if any(isinstance(p, Step) and p.moved for s in segments if isinstance(s, Fuse) for p in s.parts):
-            self._check_rank(self._current(affine.inputs[0][0]), affine.assumes)
+        moved = any(isinstance(p, Step) and p.moved for s in segments if isinstance(s, Fuse) for p in s.parts)
+        if affine.op.kind == "carry" and moved:
+            node.target = RESHAPES.get(node.target, node.target)
+            if affine.assumes is not None:
+                self._check_rank(self._current(affine.inputs[0][0]), affine.assumes)
 
     def _check_rank(self, source: Node, rank: int) -> None:
         """Check the rank of a tensor, once."""

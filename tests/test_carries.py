@@ -44,22 +44,25 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=0.0)
 
 
-def compared(case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool) -> tuple[dict[str, int], fxfuse.Report]:
+def compared(
+    case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool, capture: str | None = None
+) -> tuple[dict[str, int], fxfuse.Report]:
     """Outputs are equal on all shapes; what the result executes, and its report."""
     forward, parts, _ = case
     model = randomize(model_of(forward, **parts).double(), integer=True)
     before = fingerprint(model)
-    fused = fxfuse.optimize(model, integers(shapes[0]) if examples else None)
+    fused = fxfuse.optimize(model, integers(shapes[0]) if examples else None, capture=capture)
     for number, shape in enumerate(shapes):
         x = integers(shape, number)
-        assert torch.equal(fused(x), model(x))
+        got, want = fused(x), model(x)
+        assert torch.equal(got, want) and got.stride() == want.stride()
     assert_untouched(model, before)
     counts = count(fused, integers(shapes[0]))
     return {name: counts[name] for name in LAYERS if counts[name]}, fxfuse.report(fused)
 
 
-def run(case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool) -> None:
-    counts, report = compared(case, shapes, examples)
+def run(case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool, capture: str | None = None) -> None:
+    counts, report = compared(case, shapes, examples, capture)
     assert " ".join(f"{n} {c}" for n, c in counts.items()) == case[2], report
 
 
@@ -178,6 +181,9 @@ FROM_TOKENS: dict[str, Case] = {
     "mean of tokens": (
         lambda s, x: s.g(s.n(s.f(x).relu().mean(1))), {"f": linear(), "n": bn(), "g": linear()}, "linear 2"
     ),
+    "transposed, then a view": (
+        lambda s, x: s.n(s.f(x).transpose(1, 2)).view(x.shape[0], -1), {"f": linear(), "n": bn()}, "linear 1"
+    ),
     "contiguous": (
         lambda s, x: s.n(s.f(x).transpose(1, 2).contiguous()), {"f": linear(), "n": bn()}, "linear 1"
     ),
@@ -197,6 +203,33 @@ def test_a_detour_leaves_nothing_behind() -> None:
     assert [n.op for n in fused.graph.nodes if n.target in ("flatten", "reshape_as")] == ["call_method"]
     x = integers(IMAGES[1])
     assert torch.equal(fused(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["levit", "levit in functions", "transposed and back", "heads", "contiguous"])
+def test_factors_move_in_exported_graphs_of_tokens(name: str) -> None:
+    run(FROM_TOKENS[name], TOKENS, examples=True, capture="export")
+
+
+@pytest.mark.parametrize("name", ["flatten", "tokens and back", "pooling head", "squeezed", "channels last and first"])
+def test_factors_move_in_exported_graphs_of_maps(name: str) -> None:
+    run(FROM_IMAGES[name], IMAGES, examples=True, capture="export")
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "examples"])
+def test_a_batch_norm_that_moves_leaves_its_order_in_memory(examples: bool) -> None:
+    """Batch norm gives rows in order whatever it reads, so that a view of it is always possible."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.b(x).view(x.shape[0], x.shape[1], -1).transpose(1, 2)
+        z = s.n(s.f(y).transpose(1, 2)).view(x.shape[0], -1)
+        w = s.m(s.f(y).view(x.shape[0], x.shape[2], x.shape[3], 4).permute(0, 3, 1, 2))
+        return torch.cat([z, w.permute(0, 2, 3, 1).view(x.shape[0], -1)], 1)
+
+    model = randomize(model_of(forward, b=bn(2), f=linear(), n=bn(), m=bn(2)).double(), integer=True)
+    fused = fxfuse.optimize(model, integers(IMAGES[0]) if examples else None)
+    for x in (integers(IMAGES[1]), integers((3, 4, 8, 2)).mT, integers((3, 2, 8, 4)).movedim(3, 1)):
+        assert torch.equal(fused(x), model(x)) and fused(x).stride() == model(x).stride()
+    assert count(fused, integers(IMAGES[0]))["bn"] == 0
 
 
 # What stays is executed as before; the reason is in the report.
