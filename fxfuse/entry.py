@@ -114,8 +114,11 @@ class Entry:
             if found is None or found.dead:
                 found = self._new(state, None)
             elif not found.fresh(state):
-                found.note(state)  # before they are read: what is written meanwhile counts as a change again
+                # Noted before they are read, so that what is written meanwhile counts as a change again; and shown
+                # to other threads once there is a runner for it.
+                noted = found.noted(state)
                 self._fold(found, state, None, first=False)
+                found.show(noted)
             self.sets.move_to_end(key)
             self.last = found
             return found

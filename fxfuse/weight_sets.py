@@ -81,15 +81,28 @@ class WeightSet:
                 gone(this)
 
         self.refs = [weakref.ref(t, lost) for t in tensors]
-        self.note(tensors)
+        self.show(self.noted(tensors))
 
-    def note(self, tensors: Sequence[Tensor]) -> None:
-        """Remember the state of the tensors as it is now."""
-        self.epoch, self.touches = _epoch, _touches
-        self.versions = [tensors[i]._version for i in self.counted]
-        self.addresses = [t.data_ptr() for t in tensors]
-        self.words = [word for i in self.looked for word in _some(tensors[i])]
-        self.numbers = [word.value for word in self.words]
+    def noted(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """The state of the tensors as it is now."""
+        words = [word for i in self.looked for word in _some(tensors[i])]
+        return {
+            "epoch": _epoch,
+            "touches": _touches,
+            "versions": [tensors[i]._version for i in self.counted],
+            "addresses": [t.data_ptr() for t in tensors],
+            "words": words,
+            "numbers": [word.value for word in words],
+        }
+
+    def show(self, noted: dict[str, Any]) -> None:
+        """From now on this state is that of the runner."""
+        self.epoch: int = noted["epoch"]
+        self.touches: int = noted["touches"]
+        self.versions: list[int] = noted["versions"]
+        self.words: list[Any] = noted["words"]
+        self.numbers: list[int] = noted["numbers"]
+        self.addresses: list[int] = noted["addresses"]
 
     def fresh(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors, known to be those of the set, are unchanged."""

@@ -16,6 +16,7 @@ from compiled_models import (
     build,
     compiled,
     draw,
+    fresh,  # noqa: F401 - a fixture of every test
     same,
 )
 from helpers import randomize, relative_error

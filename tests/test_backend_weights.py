@@ -17,6 +17,7 @@ from compiled_models import (
     build,
     compiled,
     draw,
+    fresh,  # noqa: F401 - a fixture of every test
     in_place,
     load,
     perturbed,
