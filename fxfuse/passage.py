@@ -2,13 +2,15 @@
 
 A factor moves up to the layer before it, where nobody else reads what lies between; or down to the layers after
 it, where every reader down there absorbs a copy (`k(norm(x)), v(norm(x))`). Both are one pass over the graph that
-notes for each value the axes along which a factor could move.
+notes for each value the axes along which a factor could move. After a join it moves up into every branch: its
+channels of a concatenation into each, its factor into each summand and its shift into the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch.fx import Node
 
@@ -20,11 +22,23 @@ Axes = frozenset[int]
 
 
 @dataclass(frozen=True)
+class Division:
+    """Factors in a row after a join, and by the last node of each branch its portion of each of them."""
+
+    factors: tuple[Node, ...]
+    portions: dict[Node, tuple[Operator, ...]]
+
+
+@dataclass(frozen=True)
 class Passage:
-    """`carries` on some factor's way; `trees`: for a factor that several layers share, all nodes on its ways."""
+    """`carries` on some factor's way; `trees`: for a factor that several layers share, all nodes on its ways.
+
+    `divisions`: factors after a join by the first of them, and what of them goes to each branch.
+    """
 
     carries: frozenset[Node] = frozenset()
     trees: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    divisions: dict[Node, Division] = field(default_factory=dict)
 
 
 def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> Passage:
@@ -53,6 +67,79 @@ def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[No
             if any(len(read[n]) > 1 for n in tree):
                 trees[node] = tree
     return Passage(frozenset(carries), trees)
+
+
+def find_divisions(affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> dict[Node, Division]:
+    """By the first of them: factors that alone read a join of layers that nobody else reads."""
+    found = {}
+    for node, join in affine.items():
+        factors = _factors(node, affine, readers) if join.kind != "unary" else []
+        if not factors:
+            continue
+        ends = _branches(node, affine, readers)
+        layers = [a for n in ends if (a := _layer(n, affine, readers)) is not None]
+        portions = [_portions(affine[f].op, join, layers) for f in factors]
+        if ends and len(layers) == len(ends) and all(portions):
+            found[factors[0]] = Division(tuple(factors), dict(zip(ends, zip(*portions, strict=True), strict=True)))
+    return found
+
+
+def _branches(join: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> list[Node]:
+    """What a join reads and nobody else does, sums inside a sum opened; nothing where there is another reader."""
+    ends = list[Node]()
+    for node, _ in affine[join].inputs:
+        inner = affine.get(node)
+        opened = inner is not None and inner.kind == affine[join].kind == "sum"
+        more = _branches(node, affine, readers) if opened else [node]
+        if readers(node) != [join] or not more or not set(ends).isdisjoint(more):
+            return []
+        ends += more
+    return ends
+
+
+def _factors(join: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> list[Node]:
+    """The factors after a join, each read by the next alone."""
+    found, node = list[Node](), join
+    while len(following := readers(node)) == 1 and (step := affine.get(following[0])) is not None:
+        if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node:
+            break
+        node = following[0]
+        found.append(node)
+    return found
+
+
+def _layer(node: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> Operator | None:
+    """The layer whose output reaches `node` through factors alone, read by nobody else."""
+    step = affine.get(node)
+    while step is not None and step.kind == "unary" and step.op.kind in ("scale", "identity"):
+        source = step.inputs[0][0]
+        step = affine.get(source) if readers(source) == [node] else None
+        node = source
+    return step.op if step is not None and step.kind == "unary" and step.op.weighted else None
+
+
+def _portions(op: Operator, join: Affine, layers: list[Operator]) -> tuple[Operator, ...]:
+    """What of `op` goes to each branch of a join; nothing where their channels are not its own, side by side or all."""
+    widths = [a.out_channels for a in layers]
+    whole = sum(widths) == op.out_channels if join.kind == "concat" else set(widths) == {op.out_channels}
+    if op.spatial is not None and not (whole and all(a.spatial == op.spatial for a in layers)):
+        return ()
+    if join.kind == "sum":
+        return tuple(_portion(op, 0, op.out_channels, shift=number == 0) for number in range(len(layers)))
+    if join.spatial != op.spatial and op.spatial is not None:
+        return ()
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return tuple(_portion(op, start, count, shift=True) for start, count in zip(starts, widths, strict=True))
+
+
+def _portion(op: Operator, start: int, count: int, shift: bool) -> Operator:
+    """A run of the channels of a factor, with or without its shift."""
+    rows = None if op.spatial is None else (start, start + count)
+    fields: dict[str, Any] = {}
+    if rows is not None:
+        fields = {"in_channels": count, "out_channels": count, "groups": count}
+    consts = (("rows", rows),)
+    return replace(op, law="portion", operands=(op,), consts=consts, bias=op.bias and shift, **fields)
 
 
 def passes(op: Operator) -> bool:
