@@ -34,7 +34,8 @@ def for_any_batch(
     size = next((p.value.shape[0] for p in leaves if isinstance(p.value, Tensor) and p.value.dim()), 0)
     batched = [isinstance(p.value, Tensor) and p.value.dim() > 0 and p.value.shape[0] == size for p in leaves]
     other = pytree.tree_map_only(Tensor, lambda t: _resized(t, size), inputs)
-    if not size or _hold(holds, model, other):
+    fixed = [number(v.shape[0]) is not None for v, b in zip(input_values(program), batched, strict=True) if b]
+    if not size or (size > 1 and any(fixed)) or _hold(holds, model, other):
         return program, holds
     try:
         second = export(other)
@@ -127,7 +128,8 @@ def _steps(program: Any, at: Mapping[str, int]) -> Iterator[tuple[Node, Any, lis
             return ("%", position[value]) if value in position else plain(value.meta.get("val"))
         if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
             sizes = {s: at[s.name] for s in value.node.expr.free_symbols if s.name in at}
-            return str(value.node.expr.subs(sizes).replace(FloorDiv, _quotient).expand())
+            expression = value.node.expr.subs(sizes).replace(FloorDiv, _quotient)
+            return str(expression.expand() if hasattr(expression, "expand") else expression)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, (list, tuple)):

@@ -58,9 +58,9 @@ def capture(
     """Trace `model` with torch.fx; a submodule that does not trace stays whole.
 
     Parameters of the forward with a default are taken to have it, unless `inputs` set them or the graph
-    is the same for every value; the graph checks that when it runs. A `nested` module is called by code
-    that is not known to leave them alone: unless the calls are known to give `given` arguments and no
-    more, its graph has to be the same for every value.
+    is the same for every value; the graph checks that when it runs. With `nested` the module may be called
+    in any way: unless the calls are known to give `given` arguments and no more, its graph has to be the
+    same for every value.
 
     Raises:
         CaptureError: the model itself does not trace; the message names the line that stopped it.

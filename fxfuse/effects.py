@@ -64,8 +64,7 @@ class Effects:
             targets = _written(node, calls.get(node), modules)
             if targets:
                 self.writes[node] = targets
-            kept = [] if node.target == "set_" else targets  # whose result shares what it is given, too
-            for source in (*targets, *_shared(node, kept, calls.get(node), modules)):
+            for source in (*targets, *_shared(node, targets, calls.get(node), modules)):
                 self.classes.union(node, source)
         self._members: dict[Node, list[Node]] = {}
         if self.writes:

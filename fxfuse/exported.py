@@ -12,13 +12,15 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial
+from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -89,11 +91,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch.export logs of an attempt that fails, and warnings that the model gives when it runs."""
+    """Without what torch.export logs and prints of an attempt that fails, and warnings that the model gives."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -101,13 +103,15 @@ def _quiet() -> Iterator[None]:
 
 
 class _PlainSizes(TorchFunctionMode):
-    """Gives up on open sizes that grow out of hand.
+    """Gives up on what torch.export would not note, assignments to `.data`, and on sizes that grow out of hand.
 
     Padding to a multiple, layer after layer, triples the expression for a size each time, and torch.export then
     takes minutes to compare two. Sizes behind plain convolutions, pools and windows stay far below the limit.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise CaptureError("the forward assigns to .data of a tensor, which a graph cannot hold")
         result = func(*args, **(kwargs or {}))
         sizes: tuple[Any, ...] = tuple(result.shape) if isinstance(result, Tensor) else ()
         for size in sizes:
@@ -128,7 +132,7 @@ def _sizes_of_one() -> Iterator[None]:
     real ones ask again.
     """
     unknown = 2  # MemOverlap::TooHard
-    settings: Any = torch.fx.experimental._config
+    settings: Any = _config
     config = settings.patch(backed_size_oblivious=True)
     with config, patch.object(torch, "_debug_has_internal_overlap", lambda tensor: unknown):
         yield

@@ -65,7 +65,7 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None) ->
     if how == "hierarchical":
         return survey.python("", model, "asked for by capture=")
     try:
-        captured = capture(model, inputs)
+        captured = capture(model, inputs, nested=how is None)  # which holds however the model is called
     except CaptureError as error:
         if how == "symbolic":
             raise

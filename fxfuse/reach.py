@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _VIEWS = {"values", "items", "children", "named_children"}
 _LOOPS = {"enumerate", "zip", "reversed", "list", "tuple"}
+_Function = ast.FunctionDef | ast.Lambda
 _HARMLESS = {"training"}
 
 
@@ -125,7 +126,9 @@ class _Methods:
 class _Uses:
     """Sorts every mention of `self` in one function."""
 
-    def __init__(self, methods: _Methods, tree: ast.FunctionDef, owner: int, place: str, first: int) -> None:
+    def __init__(
+        self, methods: _Methods, tree: ast.FunctionDef | ast.Lambda, owner: int, place: str, first: int
+    ) -> None:
         self.methods, self.found, self.modules = methods, methods.found, methods.module._modules
         self.tree, self.owner, self.place, self.first = tree, owner, place, first - 1
         self.parent = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -178,7 +181,7 @@ class _Uses:
             elif self.methods.is_method(outer.attr):
                 self._of_method(outer)
         elif isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id in ("getattr", "super"):
-            if outer.func.id == "getattr" and not self._is_called(outer):
+            if outer.func.id == "getattr":
                 self._by_name(outer)
         elif isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id == "hasattr":
             return
@@ -266,15 +269,18 @@ class _Uses:
         return isinstance(outer, ast.Compare) and all(isinstance(o, (ast.Is, ast.IsNot)) for o in outer.ops)
 
     def _by_name(self, call: ast.Call) -> None:
-        """`getattr(self, f"prefix{i}")` that is not called: every name it may mean is used."""
+        """`getattr(self, f"prefix{i}")`: every name it may mean is called, or used otherwise."""
         named = call.args[1] if len(call.args) > 1 else None
+        whole = isinstance(named, ast.Constant)
         if isinstance(named, ast.JoinedStr):
             named = named.values[0] if named.values else None
-            prefix = str(named.value) if isinstance(named, ast.Constant) else ""
-        else:
-            prefix = str(named.value) if isinstance(named, ast.Constant) else ""
+        prefix = str(named.value) if isinstance(named, ast.Constant) else ""
         for name in self.modules:
-            if name.startswith(prefix):
+            if name != prefix if whole else not name.startswith(prefix):
+                continue
+            if self._is_called(call):
+                self.found.called.setdefault(name, set()).add(_arguments(self.parent[call]))
+            else:
                 self._used(name, call)
 
     def _all(self, node: ast.AST) -> None:
@@ -285,8 +291,10 @@ class _Uses:
         self.found.used.setdefault(name, f"{self.place} {self.first + node.lineno}")
 
 
-def _source(function: Any) -> tuple[ast.FunctionDef | None, int]:
-    """A function of `self` as a tree, and its first line; None where it is no such thing, as a lambda."""
+def _source(function: Any) -> tuple[_Function | None, int]:
+    """A function of `self` as a tree, and its first line; None where its source is not there, or it has no self."""
+    if function.__name__ == "<lambda>":
+        return _lambda(function), 1
     try:
         lines, first = inspect.getsourcelines(function)
         tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
@@ -294,6 +302,18 @@ def _source(function: Any) -> tuple[ast.FunctionDef | None, int]:
         return None, 0
     plain = isinstance(tree, ast.FunctionDef) and (tree.args.posonlyargs or tree.args.args)
     return (tree, first) if plain and isinstance(tree, ast.FunctionDef) else (None, 0)
+
+
+def _lambda(function: Any) -> ast.Lambda | None:
+    """The one lambda with these parameters on its line of the file."""
+    code = function.__code__
+    try:
+        tree = ast.parse("".join(inspect.findsource(function)[0]))
+    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or built at run time
+        return None
+    here = [n for n in ast.walk(tree) if isinstance(n, ast.Lambda) and n.lineno == code.co_firstlineno]
+    named = [n for n in here if [a.arg for a in n.args.args] == [*code.co_varnames[: code.co_argcount]]]
+    return named[0] if len(named) == 1 and code.co_argcount else None
 
 
 def _elements(target: ast.expr, source: ast.expr) -> ast.expr:

@@ -1,7 +1,6 @@
 """Code back into its graph: what torch.fx does when a GraphModule is unpickled, made faithful.
 
-torch.fx traces the code again, but runs at once what no input goes into: a buffer that counts calls
-would be counted up there and then, and noise become a constant.
+torch.fx traces the code again, but runs at once what no input goes into: noise would become a constant.
 """
 
 from __future__ import annotations
@@ -9,17 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Graph, Proxy, Tracer
+from torch.fx import Graph, Proxy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .tracer import FuseTracer
 
-class Reader(Tracer):
-    """Records every call in the code of a graph, those of buffers and of nothing too."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.proxy_buffer_attributes = True
+class Reader(FuseTracer):
+    """Records every call in the code of a graph, those of nothing but numbers too."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         with _Recording(self):
@@ -27,7 +24,7 @@ class Reader(Tracer):
 
 
 class _Recording(TorchFunctionMode):
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Reader) -> None:
         super().__init__()
         self.tracer = tracer
 

@@ -7,13 +7,16 @@ tracing, or is more than its graph, is kept whole: it stays one call in the grap
 
 from __future__ import annotations
 
+import dataclasses
+import dis
+import functools
 import inspect
 import linecache
 import operator
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from types import GetSetDescriptorType
+from types import CodeType, GetSetDescriptorType
 from typing import Any
 
 import torch
@@ -35,6 +38,9 @@ HOOKS = (
 _NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
 CHECKED = "fxfuse_default"
+_RESHAPES = set(
+    "squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ resize_ resize_as_ as_strided_ set_ rename_".split()
+)
 _ATTRIBUTES = {n: inspect.getattr_static(Tensor, n) for n in dir(Tensor) if not n.startswith("_")}
 _PROPERTIES = {n for n, a in _ATTRIBUTES.items() if isinstance(a, (property, GetSetDescriptorType))}
 
@@ -104,7 +110,29 @@ for _name, _function in INPLACE.items():
     setattr(FuseProxy, f"__i{_name}__", _writing(_name, _function))
 
 
-class FuseTracer(Tracer):
+class DictTracer(Tracer):
+    """Keeps the class of a dict, where torch.fx would make it a plain one."""
+
+    def create_arg(self, a: Any) -> Any:
+        kept = isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx")
+        return self._dict(a) if kept else super().create_arg(a)
+
+    def _dict(self, value: Any) -> Node:
+        """A dict of another class, which torch.fx would make a plain one: a graph calls the class."""
+        cls: Any = type(value)
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+            return self.create_node("call_function", cls, (), {n: self.create_arg(v) for n, v in fields.items()})
+        try:
+            again = cls(dict(value))
+        except Exception as error:
+            raise CaptureError(f"the forward makes a {cls.__name__}, which a graph cannot") from error
+        if type(again) is not cls or list(again) != list(value) or any(again[k] is not v for k, v in value.items()):
+            raise CaptureError(f"the forward makes a {cls.__name__}, which is more than its items")
+        return self.create_node("call_function", cls, (self.create_arg(dict(value)),), {})
+
+
+class FuseTracer(DictTracer):
     """Keeps every module whole whose call is more than its forward or cannot be traced.
 
     Args:
@@ -124,6 +152,8 @@ class FuseTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         self._modes = _modes()
+        if isinstance(root, nn.Module):
+            _refuse_catching(type(root).forward)
         with extremes_recorded():
             return super().trace(root, concrete_args)
 
@@ -139,6 +169,9 @@ class FuseTracer(Tracer):
         return bool(more) or module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        name = args[1] if isinstance(args[1], str) else getattr(args[1], "__name__", "")
+        if name in _RESHAPES and args[0] in ("call_method", "call_function"):
+            raise CaptureError(f"the forward calls {name}, after which the same tensor has another shape")
         node = super().create_node(*args, **kwargs)
         now = _modes()
         if now[1:] != self._modes[1:]:
@@ -148,6 +181,9 @@ class FuseTracer(Tracer):
         return node
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        code = inspect.unwrap(root_fn).__code__
+        if code.co_flags & inspect.CO_VARARGS and code.co_kwonlyargcount:
+            raise CaptureError("the forward has keyword-only parameters behind *args, which a graph cannot have")
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         if self.fix_defaults is not None:
             first = self.fix_defaults + is_module
@@ -178,6 +214,7 @@ class FuseTracer(Tracer):
             last, stack, lists = next(reversed(self.graph.nodes), None), list(self.module_stack), _lists(m)
             self.proxy_buffer_attributes = proxied
             try:
+                _refuse_catching(type(m).forward)
                 result = super().call_module(m, forward, args, kwargs)
                 if _restore(lists):
                     raise CaptureError(f"the forward changes a list or set that {type(m).__name__} keeps")
@@ -203,6 +240,20 @@ class FuseTracer(Tracer):
         for name, proxy in list(self._parameter_proxies.items()):
             if proxy.node not in kept:
                 del self._parameter_proxies[name]
+
+
+@functools.cache
+def _catches(code: CodeType) -> bool:
+    """Whether a function has an `except`: which line raises is only known when it runs."""
+    names = Counter(instruction.opname for instruction in dis.get_instructions(code))
+    bare = names["PUSH_EXC_INFO"] > names["WITH_EXCEPT_START"]  # not so named before Python 3.11
+    return bare or names["CHECK_EXC_MATCH"] + names["JUMP_IF_NOT_EXC_MATCH"] > 0
+
+
+def _refuse_catching(forward: Any) -> None:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is not None and _catches(code):
+        raise CaptureError("the forward catches errors, which a graph cannot")
 
 
 def _modes() -> tuple[Any, ...]:

@@ -72,7 +72,7 @@ class Layer(NamedTuple):
 class Body:
     """The `__init__` and the `forward` of one module."""
 
-    def __init__(self, scope: Scope, inputs: dict[str, Sequence[Tensor]], depth: int) -> None:
+    def __init__(self, scope: Scope, inputs: dict[str, Sequence[Any]], depth: int) -> None:
         self.scope, self.depth = scope, depth
         self.this: Any = nn.Module()
         self.this.eval()
@@ -80,7 +80,7 @@ class Body:
         self.runs: list[dict[str, Any]] = [
             {**scope.names, "self": self.this} | {n: v[i] for n, v in inputs.items()} for i in (0, 1)
         ]
-        self.names = list(inputs)
+        self.names = [n for n, values in inputs.items() if isinstance(values[0], Tensor)]
         self.init: list[str] = []
         self.after: list[str] = []
         self.lines: list[str] = []

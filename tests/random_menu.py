@@ -28,7 +28,7 @@ def conv_norm(body: Body, g: Reader) -> None:
         y = body.assign(f"{y}.relu()") if then == "relu norm" else y
         b = body.declare("b", layers.wrapped(body, g, layers.norm(body, g, body.shape(y))))
         if then == "functional norm":
-            training = g.pick(*["False"] * 5, "self.training", "True")
+            training = g.pick("False", "False", "False", "self.training", "True")
             text = f"F.batch_norm({y}, {b}.running_mean, {b}.running_var, {b}.weight, {b}.bias, {training}, eps=1.0)"
             body.assign(text)
         else:
@@ -64,7 +64,7 @@ def branches(body: Body, g: Reader) -> None:
                 b = body.declare("b", layers.wrapped(body, g, layers.norm(body, g, body.shape(y))))
                 y = body.assign(f"{b}({y})")
             found.append(y)
-    how = g.pick("+", "+", "alpha", "cat", "+=", "-", "add_", "stack", "sum", "cat_", "cat -1")
+    how = g.pick("+", "+", "alpha", "cat", "+=", "-", "add_", "stack", "sum", "cat_", "cat -1", "cat -1")
     total = found[0]
     if how in ("cat", "cat_"):
         names = ", ".join(found)
@@ -147,7 +147,7 @@ def scaled(body: Body, g: Reader, x: str | None = None) -> None:
 
 
 NUMBERS = table("""
-    2 ; 1 ; -1 ; 0.5 ; 3 ; 0 ; True ; 0.1 ; {x}.shape[1] ; {x}.size(-1) ; {x}.shape[0] ; {x}.dim()
+    2 ; 1 ; -1 ; 0.5 ; 3 ; 0 ; True ; 0.1 ; {x}.shape[1] ; {x}.size(-1) ; {x}.shape[0] ; {x}.dim() ; k
 """)
 ARITHMETIC = table("""
     {x} * {n} ; {x} + {n} ; {n} - {x} ; {n} * {x} ; {x} - {n} ; {x} / ({n} + 4) ; torch.mul({x}, {n}) ;
@@ -209,7 +209,7 @@ VIEWS = table("""
     {x}.view_as({x}) ; torch.narrow({x}, 1, 1, 1) ; {x}[:, [1, 0]] ; {x}[{x}.shape[0] - 1:] ; {x}.to({x}.dtype) ;
     {x}.repeat(1, 2) ; {x}.type_as({x}) ; {x}.view_as({x})[:, :1] ; {x}.mT ; torch.split({x}, 2, dim=1)[0] ;
     {x}.unfold(-1, 2, 1) ; {x}.index_select(1, torch.tensor([1, 0])) ; {x}.swapaxes(0, 1) ; {x}[:, -2:] ; {x}[-1:] ;
-    {x}[:, 1:2] ; torch.squeeze({x}, 0) ; {x}.float().double()
+    {x}[:, 1:2] ; torch.squeeze({x}, 0) ; {x}.float().double() ; {x}.long().double() ; ({x}.float() * 2).double()
 """)
 
 
@@ -217,7 +217,7 @@ def view(body: Body, g: Reader) -> None:
     """A part of a tensor, or the whole in another shape."""
     x, text = body.var(g), str(g.pick(*VIEWS))
     shape = body.shape(x)
-    body.assign(text.format(x=x, c=shape[1] if len(shape) > 1 else 1), sharp="float" in text)
+    body.assign(text.format(x=x, c=shape[1] if len(shape) > 1 else 1), sharp="float" in text or "long" in text)
 
 
 PIECES = table("""
@@ -241,16 +241,19 @@ WRITES = table("""
     {x}.view(-1).add_(1) ; {x}.detach().mul_(2) ; {x}.flatten().mul_(2) ;
     {x}.narrow(1, 0, 1).add_({y}.narrow(1, 0, 1)) ; {x}[{x} > 0] = 1 ; {x}.chunk(2, 1)[0].mul_(2) ;
     nn.init.constant_({x}, 1.0) ; {x}.masked_fill_({x} > 2, 1.0) ; {x}.transpose(0, 1).add_(1) ;
-    torch._foreach_mul_([{x}, {y}], 2.0) ; {x}.index_fill_(1, torch.tensor([0]), 1.0) ; {x}.t_() ; {x}.squeeze_() ;
-    {x}.unsqueeze_(0) ; {x}.resize_as_({y}) ; {x}.set_({y}) ; {x}.data = {y} ;
+    torch._foreach_mul_([{x}, {y}], 2.0) ; {x}.index_fill_(1, torch.tensor([0]), 1.0) ;
     {x}.permute(0, 2, 3, 1)[..., 0].zero_()
+""")
+RESHAPES = table("""
+    {x}.t_() ; {x}.squeeze_() ; {x}.unsqueeze_(0) ; {x}.resize_as_({y}) ; {x}.set_({y}) ; {x}.data = {y}
 """)
 
 
 def write(body: Body, g: Reader) -> None:
     """A tensor changed in place, seen through whatever else shares its memory."""
     x = body.var(g) if g.pick(True, False) else body.names[g.next(len(body.names))]
-    y, text = body.other(g, x), g.pick(*WRITES)
+    refused = g.chance(6) and (body.depth > 0 or g.chance(8))  # as a whole, so mostly inside of modules
+    y, text = body.other(g, x), g.pick(*(RESHAPES if refused else WRITES))
     sharp = ">" in text
     if g.chance(3) and "=" not in text.replace("alpha=", "").replace("inplace=", "").replace("out=", ""):
         body.assign(text.format(x=x, y=y), sharp)

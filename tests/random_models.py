@@ -18,7 +18,6 @@ import torch
 from hypothesis import strategies as st
 from random_body import Body, Reader, Scope, table
 from random_modules import write_down
-from torch import Tensor
 
 SQUARE = ((2, 4, 5, 4), (4, 4, 4, 4))  # as many channels as columns, and in one run as samples
 SHAPES = (
@@ -27,6 +26,7 @@ SHAPES = (
     *(((1, 2, 4, 5, 3), (2, 2, 3, 4, 4)), ((2, 3, 6, 6), (3, 3, 6, 6))),
 )
 PATTERNS = (None, None, None, ("avg_pool!", "concat!", "conv_bn!", "conv_chain!", "identity!", "parallel_conv!"))
+THEN = ("", "", "", "", "optimize again", "copy", "verify")
 FILE = "random_model.py"
 
 
@@ -36,12 +36,14 @@ class Program:
 
     source: str
     after: tuple[str, ...]
+    inputs: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    inputs: int
+    last: bool
     grad: bool
     exact: bool
     examples: bool
     patterns: tuple[str, ...] | None
+    then: str
     genes: tuple[bytes, ...]
 
     def build(self) -> Any:
@@ -54,16 +56,25 @@ class Program:
             exec(line, names)
         return names["model"]
 
-    def draw(self, run: int) -> tuple[Tensor, ...]:
+    def draw(self, run: int) -> tuple[Any, ...]:
         """The inputs of run 0 or 1."""
-        return tuple(fuzz_parts.const(run * 10 + i, *self.shapes[run]) for i in range(self.inputs))
+        return tuple(drawn(name, run, self.shapes, self.last) for name in self.inputs)
 
     def __repr__(self) -> str:
-        given = f", {self.inputs} inputs" if self.inputs > 1 else ""
+        last, grad = " channels last" * self.last, "gradients" if self.grad else "no gradients"
+        given = "examples" if self.examples else "no examples"
         lines = ["from fuzz_parts import *", "", self.source, "", "model = Model().eval()", *self.after, ""]
-        lines.append(f"# shapes {self.shapes}{given}, {'with' if self.grad else 'no'} gradients, exact={self.exact}")
-        lines.append(f"# optimize({'with' if self.examples else 'no'} examples, patterns={self.patterns})")
+        lines.append(f"# inputs {', '.join(self.inputs)} of {self.shapes}{last}, {grad}, exact={self.exact}")
+        lines.append(f"# optimize with {given}, patterns={self.patterns}, then {self.then or 'run'}")
         return "\n".join(["", *lines])
+
+
+def drawn(name: str, run: int, shapes: tuple[tuple[int, ...], ...], last: bool) -> Any:
+    """An input: a tensor of integers, or for `k` a number."""
+    if name == "k":
+        return run + 2
+    tensor = fuzz_parts.const(run * 10 + ord(name), *shapes[run])
+    return tensor.contiguous(memory_format=torch.channels_last) if last and tensor.dim() == 4 else tensor
 
 
 RESULTS = table("""
@@ -77,19 +88,20 @@ def program(genes: tuple[bytes, ...]) -> Program:
     rest = deque(genes[1:])
     g = Reader(genes[0], rest)
     shapes = g.pick(*SHAPES)
-    inputs, grad, examples = 1 + g.chance(5), g.chance(3), g.chance(2)
-    names = ["x", "y"][:inputs]
+    inputs = ("x", *("y" * g.chance(5)), *("k" * g.chance(8)))
+    last, grad, examples, then = g.chance(8), g.chance(3), g.chance(2), g.pick(*THEN)
     patterns, how = g.pick(*PATTERNS), g.pick(*RESULTS)
     scope = Scope()
-    body = Body(scope, {n: [fuzz_parts.const(r * 10 + i, *shapes[r]) for r in (0, 1)] for i, n in enumerate(names)}, 0)
+    body = Body(scope, {n: [drawn(n, run, shapes, last) for run in (0, 1)] for n in inputs}, 0)
     torch.manual_seed(0)
     with torch.set_grad_enabled(grad):
         write_down(body, rest, len(genes))
     others = [body.names[-1 - g.next(len(body.names))] for _ in range(2)]
-    result = how.format(body.names[-1], *others, i=names[0])
+    result = how.format(body.names[-1], *others, i=inputs[-1])
     source = "\n\n\n".join([*scope.classes, body.source("Model", result)])
     after = tuple(f"model.{line}" for line in body.after)
-    return Program(source, after, shapes, inputs, grad, scope.exact, examples, patterns, genes)
+    last = last and "dropout" not in source  # what is dropped depends on the layout
+    return Program(source, after, inputs, shapes, last, grad, scope.exact, examples, patterns, then, genes)
 
 
 _genes = st.lists(st.binary(max_size=20), min_size=2, max_size=10)

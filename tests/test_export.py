@@ -26,7 +26,6 @@ def exported(model: nn.Module, *inputs: Any) -> Any:
     return fxfuse.optimize(model, inputs or EXAMPLES, capture="export")
 
 
-# A batch size, a size of the maps and a layout that the examples do not have.
 @pytest.mark.parametrize("name", EXPECTED)
 def test_block(name: str) -> None:
     block, (operations, _) = BLOCKS[name], EXPECTED[name]
@@ -165,7 +164,8 @@ def rounds(self: Any, x: Tensor) -> Tensor:
 
 
 def drops_out(self: Any, x: Tensor) -> Tensor:
-    return F.dropout(self.b(F.dropout2d(self.a(x), training=False)), 0.5, True) + torch.rand_like(x)
+    y = F.dropout(self.b(F.dropout2d(self.a(x), training=False)), 0.5, True)
+    return y + torch.rand_like(x) + torch.rand(4, 1, 1, dtype=x.dtype)
 
 
 def pads(self: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -291,11 +291,9 @@ def with_state(forward: Forward) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
-def test_forward(forward: Forward) -> None:
-    model = with_state(forward)
-    fused = agrees(model, examples=EXAMPLES, capture="export")
-    assert len(fxfuse.report(fused).fired) == FORWARDS[forward], fxfuse.report(fused)
+def keeps_its_promises(forward: Forward, capture: str | None) -> fxfuse.Report:
+    """`agrees`, and what was pickled does the same again, draws and counts included."""
+    fused = agrees(with_state(forward), examples=EXAMPLES, capture=capture)
     again, reference = pickled(fused), copied(fused)
     for batch in (1, 3):
         x = torch.randn(batch, 4, 6, 9, dtype=torch.float64)
@@ -307,3 +305,49 @@ def test_forward(forward: Forward) -> None:
         assert relative_error(got, want) == 0
     ours, theirs = dict(reference.named_buffers()), dict(again.named_buffers())
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return fxfuse.report(fused)
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+def test_forward(forward: Forward) -> None:
+    report = keeps_its_promises(forward, "export")
+    assert len(report.fired) == FORWARDS[forward], report
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(counts, moves_its_statistics, trains_its_statistics, a_weight_it_computes_and_writes, a_loose_tensor),
+        *(drops_out, constants_of_its_own, writes_through_a_view, returns_a_pair),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_the_same_forward_traced(forward: Forward) -> None:
+    report = keeps_its_promises(forward, None)
+    assert report.capture == "symbolic" and len(report.fired) <= FORWARDS[forward]
+
+
+@pytest.mark.parametrize("capture", [None, "export"])
+def test_loose_tensors_are_refreshed(capture: str | None) -> None:
+    model, other = with_state(a_loose_tensor), with_state(a_loose_tensor)
+    randomize(other, seed=7)
+    fused = fxfuse.optimize(model, EXAMPLES, capture=capture)
+    assert relative_error(fxfuse.refresh(fused, other)(EXAMPLES), other(EXAMPLES)) < 1e-12
+
+
+@pytest.mark.parametrize("capture", [None, "export"])
+@pytest.mark.parametrize("last", ["same", "other", "computed"])
+def test_a_border_is_filled_with_one_value_or_not_at_all(capture: str | None, last: str) -> None:
+    """1x1, batch norm, a border of what the batch norm gives for zeros, 3x3: one convolution, if all of it is that."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        scale = self.n.weight / torch.sqrt(self.n.running_var + self.n.eps)
+        value = (self.n.bias - self.n.running_mean * scale).view(1, -1, 1, 1)
+        y = F.pad(self.n(F.conv2d(x, self.p.weight)), (1, 1, 1, 1))
+        y[:, :, :1] = y[:, :, -1:] = value
+        y[:, :, :, :1] = value
+        y[:, :, :, -1:] = {"same": value, "other": value * 2, "computed": x.mean()}[last]
+        return F.conv2d(y, self.a.weight)
+
+    fused = agrees(usual(forward), examples=EXAMPLES, capture=capture)
+    assert count(fused, EXAMPLES)["conv"] == (1 if last == "same" else 2)

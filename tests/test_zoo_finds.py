@@ -52,6 +52,9 @@ def test_nor_is_it_kept_from_the_layer_before_it(how: str) -> None:
     check(Asks(how, nn.Conv2d(4, 4, 3)), convs=2, norms=0)
 
 
+ELSEWHERE = "the output of the layer before batch_norm is read elsewhere too"
+
+
 class Twice(nn.Module):
     """A batch norm after parallel convolutions whose sum is read elsewhere too."""
 
@@ -77,9 +80,93 @@ class Alone(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "convs", "reason"),
-    [(Twice(), 1, "the output of the layer before batch_norm is read elsewhere too"), (Alone(), 0, "follows no conv")],
+    [(Twice(), 1, ELSEWHERE), (Alone(), 0, "follows no convolution")],
     ids=["read twice", "concatenation of one"],
 )
 def test_every_batch_norm_left_has_its_reason(model: nn.Module, convs: int, reason: str) -> None:
     report = check(model, convs, norms=1)
     assert [reason in r.reason for r in report.refused if r.where == "norm"] == [True]
+
+
+class Meeting(nn.Module):
+    """Layers of different tensors that meet before their batch norm, as in BottleneckCSP."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 1, bias=False), nn.Conv2d(4, 12, 1)
+        self.e = nn.Conv2d(4, 1, 1)
+        self.d, self.drop, self.own = nn.Conv2d(4, 6, 1), nn.Dropout(), nn.BatchNorm2d(6)
+        self.norm = nn.BatchNorm2d(12 if "cat" in how else 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.relu()
+        a, b = self.a(y), self.drop(self.own(self.b(x)))
+        if self.how == "cat":
+            z = torch.cat([a, b], 1)
+        elif self.how == "cat, read twice":
+            z = torch.cat([a, b], 1)
+            return self.norm(z).relu() + z
+        elif self.how == "cat, part read twice":
+            return self.norm(torch.cat([a, b], 1)).relu() + torch.cat([b, b], 1)
+        elif self.how == "cat with an activation":
+            z = torch.cat([a, b.relu()], 1)
+        elif self.how == "cat of sums":
+            z = torch.cat((self.d(x) + b, a - self.d(x)), 1)
+        elif self.how == "sum with cat":
+            z = torch.cat([a, b], dim=1) + self.c(x)
+        elif self.how == "difference":
+            z = torch.sub(a, b, alpha=2)
+        elif self.how == "one channel for all":
+            z = a + self.e(x)
+        elif self.how == "cat of the same":
+            z = torch.cat([a, a], 1)
+        elif self.how == "broadcast":
+            z = a + b + self.d(x.sum((2, 3), keepdim=True))
+        else:
+            z = a
+            z += b
+        return self.norm(z).relu()
+
+
+@pytest.mark.parametrize("how", ["cat", "cat of sums", "sum with cat", "difference", "in place", "broadcast"])
+def test_a_batch_norm_goes_to_each_of_the_layers_that_meet_before_it(how: str) -> None:
+    convs = {"cat of sums": 3, "sum with cat": 3, "broadcast": 3}.get(how, 2)
+    report = check(Meeting(how), convs, norms=0)
+    assert all(r.where in ("norm", "own", "a", "b", "c", "d") for r in report.refused)
+
+
+STAYS = ("cat, read twice", "cat, part read twice", "cat with an activation", "cat of the same", "one channel for all")
+
+
+@pytest.mark.parametrize("how", STAYS)
+def test_a_batch_norm_stays_whole_where_not_every_layer_takes_it(how: str) -> None:
+    model = Meeting(how)
+    report = check(model, 3 if how == "one channel for all" else 2, norms=1)
+    fused = fxfuse.optimize(model)
+    assert isinstance(fused.get_submodule("norm"), nn.BatchNorm2d)
+    assert [r.where for r in report.refused if "batch_norm follows no" in r.reason] == ["norm"]
+
+
+@pytest.mark.parametrize("how", ["cat", "difference"])
+def test_nor_where_the_pattern_is_left_out(how: str) -> None:
+    model = randomize(Meeting(how))
+    fused = fxfuse.optimize(model, patterns="-conv_bn")
+    assert isinstance(fused.get_submodule("norm"), nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("how", ["cat", "cat of sums", "difference", "broadcast"])
+def test_layers_that_meet_in_an_exported_graph(how: str) -> None:
+    model, x = randomize(Meeting(how), integer=True).double(), torch.randint(-4, 5, (2, 4, 7, 5)).double()
+    fused = fxfuse.optimize(model, x, capture="export")
+    assert torch.equal(fused(x), model(x))
+    assert count(fused, x)["bn"] == 0
+
+
+def test_parts_of_a_batch_norm_are_computed_anew_from_new_weights() -> None:
+    model, x = randomize(Meeting("sum with cat")), torch.randn(2, 4, 7, 5)
+    fused = fxfuse.optimize(model)
+    randomize(model, seed=1)
+    fxfuse.refresh(fused, model)
+    with torch.no_grad():
+        assert torch.allclose(fused(x), model(x), atol=1e-5)
