@@ -69,77 +69,87 @@ def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[No
     return Passage(frozenset(carries), trees)
 
 
-def find_divisions(affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> dict[Node, Division]:
-    """By the first of them: factors that alone read a join of layers that nobody else reads."""
-    found = {}
-    for node, join in affine.items():
-        factors = _factors(node, affine, readers) if join.kind != "unary" else []
-        if not factors:
-            continue
-        ends = _branches(node, affine, readers)
-        layers = [a for n in ends if (a := _layer(n, affine, readers)) is not None]
-        portions = [_portions(affine[f].op, join, layers) for f in factors]
-        if ends and len(layers) == len(ends) and all(portions):
-            found[factors[0]] = Division(tuple(factors), dict(zip(ends, zip(*portions, strict=True), strict=True)))
-    return found
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last node of a branch, its run of channels in the whole, and whether it takes the shift."""
+
+    node: Node
+    start: int
+    width: int
+    shift: bool
 
 
-def _branches(join: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> list[Node]:
-    """What a join reads and nobody else does, sums inside a sum opened; nothing where there is another reader."""
-    ends = list[Node]()
-    for node, _ in affine[join].inputs:
-        inner = affine.get(node)
-        opened = inner is not None and inner.kind == affine[join].kind == "sum"
-        more = _branches(node, affine, readers) if opened else [node]
-        if readers(node) != [join] or not more or not set(ends).isdisjoint(more):
+@dataclass(frozen=True)
+class _Joins:
+    """Joins taken apart: `readers` are those of a node's data."""
+
+    affine: Mapping[Node, Affine]
+    readers: Callable[[Node], list[Node]]
+
+    def factors(self, join: Node) -> list[Node]:
+        """The factors after a join, each read by the next alone."""
+        found, node = list[Node](), join
+        while len(following := self.readers(node)) == 1 and (step := self.affine.get(following[0])) is not None:
+            if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node:
+                break
+            node = following[0]
+            found.append(node)
+        return found
+
+    def ends(self, join: Node, spatial: int | None, start: int, shift: bool) -> list[_End]:
+        """What meets in a join, joins in it opened where possible; nothing where a branch has another reader."""
+        affine, found = self.affine[join], list[_End]()
+        if affine.kind == "concat" and spatial not in (None, affine.spatial):
             return []
-        ends += more
-    return ends
+        widths = [self.width(node) for node, _ in affine.inputs]
+        if affine.kind == "sum" and len(set(widths)) > 1:
+            return []  # one that broadcasts
+        for (node, _), width in zip(affine.inputs, widths, strict=True):
+            if self.readers(node) != [join] or width is None:
+                return []
+            inner = self.affine.get(node)
+            opened = self.ends(node, spatial, start, shift) if inner is not None and inner.kind != "unary" else []
+            found += opened or [_End(node, start, width, shift)]
+            start, shift = (start + width, shift) if affine.kind == "concat" else (start, False)
+        return found if len({e.node for e in found}) == len(found) else []
+
+    def width(self, node: Node) -> int | None:
+        """Channels of what comes from layers: of one, of all that are summed, of those side by side together."""
+        step = self.affine.get(node)
+        if step is None or (step.kind == "unary" and step.op.weighted):
+            return None if step is None else step.op.out_channels
+        if step.kind == "unary":
+            return self.width(step.inputs[0][0]) if step.op.kind in ("scale", "identity") else None
+        widths = [self.width(source) for source, _ in step.inputs]
+        if step.kind == "concat":
+            return None if None in widths else sum(w for w in widths if w is not None)
+        known = set(widths) - {None}
+        return known.pop() if len(known) == 1 else None
 
 
-def _factors(join: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> list[Node]:
-    """The factors after a join, each read by the next alone."""
-    found, node = list[Node](), join
-    while len(following := readers(node)) == 1 and (step := affine.get(following[0])) is not None:
-        if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node:
-            break
-        node = following[0]
-        found.append(node)
+def find_divisions(affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> dict[Node, Division]:
+    """By the first of them: factors that alone read a join of branches that nobody else reads."""
+    found, joins = {}, _Joins(affine, readers)
+    for node, join in affine.items():
+        factors = joins.factors(node) if join.kind != "unary" else []
+        spatial = next((s for f in factors if (s := affine[f].op.spatial) is not None), None)
+        ends = joins.ends(node, spatial, 0, True) if factors else []
+        whole = max((e.start + e.width for e in ends), default=0)
+        ops = [affine[f].op for f in factors]
+        if ends and all(o.spatial is None or (o.spatial, o.out_channels) == (spatial, whole) for o in ops):
+            portions = {e.node: tuple(_portion(o, e) for o in ops) for e in ends}
+            found[factors[0]] = Division(tuple(factors), portions)
     return found
 
 
-def _layer(node: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> Operator | None:
-    """The layer whose output reaches `node` through factors alone, read by nobody else."""
-    step = affine.get(node)
-    while step is not None and step.kind == "unary" and step.op.kind in ("scale", "identity"):
-        source = step.inputs[0][0]
-        step = affine.get(source) if readers(source) == [node] else None
-        node = source
-    return step.op if step is not None and step.kind == "unary" and step.op.weighted else None
-
-
-def _portions(op: Operator, join: Affine, layers: list[Operator]) -> tuple[Operator, ...]:
-    """What of `op` goes to each branch of a join; nothing where their channels are not its own, side by side or all."""
-    widths = [a.out_channels for a in layers]
-    whole = sum(widths) == op.out_channels if join.kind == "concat" else set(widths) == {op.out_channels}
-    if op.spatial is not None and not (whole and all(a.spatial == op.spatial for a in layers)):
-        return ()
-    if join.kind == "sum":
-        return tuple(_portion(op, 0, op.out_channels, shift=number == 0) for number in range(len(layers)))
-    if join.spatial != op.spatial and op.spatial is not None:
-        return ()
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    return tuple(_portion(op, start, count, shift=True) for start, count in zip(starts, widths, strict=True))
-
-
-def _portion(op: Operator, start: int, count: int, shift: bool) -> Operator:
+def _portion(op: Operator, end: _End) -> Operator:
     """A run of the channels of a factor, with or without its shift."""
-    rows = None if op.spatial is None else (start, start + count)
+    rows = None if op.spatial is None else (end.start, end.start + end.width)
     fields: dict[str, Any] = {}
     if rows is not None:
-        fields = {"in_channels": count, "out_channels": count, "groups": count}
+        fields = {"in_channels": end.width, "out_channels": end.width, "groups": end.width}
     consts = (("rows", rows),)
-    return replace(op, law="portion", operands=(op,), consts=consts, bias=op.bias and shift, **fields)
+    return replace(op, law="portion", operands=(op,), consts=consts, bias=op.bias and end.shift, **fields)
 
 
 def passes(op: Operator) -> bool:

@@ -9,7 +9,8 @@ No weight is touched here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, reduce
@@ -80,7 +81,8 @@ class Planner:
         chains, sites, left = find(self.view, shared, divided), list[Site](), set[Node]()
         self.refusals, self.fused = [], set()
         self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
-        trees = self.view.passage.trees
+        trees, divisions = self.view.passage.trees, self.view.passage.divisions
+        placed = Counter[Node]()
         for chain in chains:
             if refusal := self._overwritten(chain):
                 self.refusals.append(refusal)
@@ -90,11 +92,15 @@ class Planner:
                 self.refusals.extend(best.notes)
                 stay = {s.node for s in kept(best.segments) if s.node is not None and s.op.kind == "scale"}
                 taken = {n for f in fuses(best.segments) for p in f.parts for n in part_nodes(p)}
+                placed.update(_moved(best.segments))
                 sites += [Site(chain.source, best.segments)] if taken else []
                 self.fused |= taken
-            left |= {f for f in divided if not stay.isdisjoint(self.view.passage.divisions[f].factors)}
             first = next(part_nodes(chain.parts[0]), None)
             left |= {first} if first in shared and stay & trees[first] else set()
+        for first in divided:
+            left |= (
+                {first} if any(placed[f] < len(divisions[first].portions) for f in divisions[first].factors) else set()
+            )
         return sites, left
 
     def _overwritten(self, chain: Chain) -> Refusal | None:
@@ -313,6 +319,13 @@ def _on_axis(join: Join, op: Operator | Refusal) -> Operator | Refusal:
     if isinstance(op, Refusal) or join.spatial in (None, op.spatial):
         return op
     return Refusal("the concatenated axis is not the channel axis of its inputs")
+
+
+def _moved(segments: tuple[Segment, ...]) -> Iterator[Node]:
+    """Factors that have moved into fused stretches, each as often as it has."""
+    for step in (s for f in fuses(segments) for p in f.parts for s in steps_of(p)):
+        if step.moved and step.node is not None:
+            yield step.node
 
 
 def _rank(op: Operator | Refusal) -> int:

@@ -132,6 +132,7 @@ def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[N
             if source in chains and set(view.readers(source)) <= set(part_nodes(join)):
                 chains[node] = Chain(chains[source].source, [*chains[source].parts, join])
                 swallowed.add(source)
+            chains[node].parts.extend(portions.get(node, []))
         else:
             continue  # branches of different tensors: each ends here, and the join is opaque
         swallowed.update(s for (s, _), p in zip(affine.inputs, private, strict=True) if p)
