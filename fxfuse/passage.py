@@ -2,13 +2,15 @@
 
 A factor moves up to the layer before it, where nobody else reads what lies between; or down to the layers after
 it, where every reader down there absorbs a copy (`k(norm(x)), v(norm(x))`). Both are one pass over the graph that
-notes for each value the axes along which a factor could move.
+notes for each value the axes along which a factor could move. After a join it moves up into every branch: its
+channels of a concatenation into each, its factor into each summand and its shift into the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch.fx import Node
 
@@ -20,11 +22,23 @@ Axes = frozenset[int]
 
 
 @dataclass(frozen=True)
+class Division:
+    """Factors in a row after a join, and by the last node of each branch its portion of each of them."""
+
+    factors: tuple[Node, ...]
+    portions: dict[Node, tuple[Operator, ...]]
+
+
+@dataclass(frozen=True)
 class Passage:
-    """`carries` on some factor's way; `trees`: for a factor that several layers share, all nodes on its ways."""
+    """`carries` on some factor's way; `trees`: for a factor that several layers share, all nodes on its ways.
+
+    `divisions`: factors after a join by the first of them, and what of them goes to each branch.
+    """
 
     carries: frozenset[Node] = frozenset()
     trees: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    divisions: dict[Node, Division] = field(default_factory=dict)
 
 
 def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> Passage:
@@ -53,6 +67,89 @@ def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[No
             if any(len(read[n]) > 1 for n in tree):
                 trees[node] = tree
     return Passage(frozenset(carries), trees)
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last node of a branch, its run of channels in the whole, and whether it takes the shift."""
+
+    node: Node
+    start: int
+    width: int
+    shift: bool
+
+
+@dataclass(frozen=True)
+class _Joins:
+    """Joins taken apart: `readers` are those of a node's data."""
+
+    affine: Mapping[Node, Affine]
+    readers: Callable[[Node], list[Node]]
+
+    def factors(self, join: Node) -> list[Node]:
+        """The factors after a join, each read by the next alone."""
+        found, node = list[Node](), join
+        while len(following := self.readers(node)) == 1 and (step := self.affine.get(following[0])) is not None:
+            if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node:
+                break
+            node = following[0]
+            found.append(node)
+        return found
+
+    def ends(self, join: Node, spatial: int | None, start: int, shift: bool) -> list[_End]:
+        """What meets in a join, joins in it opened where possible; nothing where a branch has another reader."""
+        affine, found = self.affine[join], list[_End]()
+        if affine.kind == "concat" and spatial not in (None, affine.spatial):
+            return []
+        widths = [self.width(node) for node, _ in affine.inputs]
+        if affine.kind == "sum" and len(set(widths)) > 1:
+            return []  # one that broadcasts
+        for (node, _), width in zip(affine.inputs, widths, strict=True):
+            if self.readers(node) != [join] or width is None:
+                return []
+            inner = self.affine.get(node)
+            opened = self.ends(node, spatial, start, shift) if inner is not None and inner.kind != "unary" else []
+            found += opened or [_End(node, start, width, shift)]
+            start, shift = (start + width, shift) if affine.kind == "concat" else (start, False)
+        return found if len({e.node for e in found}) == len(found) else []
+
+    def width(self, node: Node) -> int | None:
+        """Channels of what comes from layers: of one, of all that are summed, of those side by side together."""
+        step = self.affine.get(node)
+        if step is None or (step.kind == "unary" and step.op.weighted):
+            return None if step is None else step.op.out_channels
+        if step.kind == "unary":
+            return self.width(step.inputs[0][0]) if step.op.kind in ("scale", "identity") else None
+        widths = [self.width(source) for source, _ in step.inputs]
+        if step.kind == "concat":
+            return None if None in widths else sum(w for w in widths if w is not None)
+        known = set(widths) - {None}
+        return known.pop() if len(known) == 1 else None
+
+
+def find_divisions(affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> dict[Node, Division]:
+    """By the first of them: factors that alone read a join of branches that nobody else reads."""
+    found, joins = {}, _Joins(affine, readers)
+    for node, join in affine.items():
+        factors = joins.factors(node) if join.kind != "unary" else []
+        spatial = next((s for f in factors if (s := affine[f].op.spatial) is not None), None)
+        ends = joins.ends(node, spatial, 0, True) if factors else []
+        whole = max((e.start + e.width for e in ends), default=0)
+        ops = [affine[f].op for f in factors]
+        if ends and all(o.spatial is None or (o.spatial, o.out_channels) == (spatial, whole) for o in ops):
+            portions = {e.node: tuple(_portion(o, e) for o in ops) for e in ends}
+            found[factors[0]] = Division(tuple(factors), portions)
+    return found
+
+
+def _portion(op: Operator, end: _End) -> Operator:
+    """A run of the channels of a factor, with or without its shift."""
+    rows = None if op.spatial is None else (end.start, end.start + end.width)
+    fields: dict[str, Any] = {}
+    if rows is not None:
+        fields = {"in_channels": end.width, "out_channels": end.width, "groups": end.width}
+    consts = (("rows", rows),)
+    return replace(op, law="portion", operands=(op,), consts=consts, bias=op.bias and end.shift, **fields)
 
 
 def passes(op: Operator) -> bool:

@@ -13,7 +13,6 @@ from . import describe
 from .assemble import keep
 from .copying import copied
 from .cost import CostFunction
-from .distribute import distribute
 from .hierarchy import Part
 from .pattern import Selection
 from .plan import Planner
@@ -45,12 +44,7 @@ class Pass:
         drop_identities(captured)
         view = look(captured, propagate(captured, inputs))
         before = Totals(before.nodes, before.params, describe.macs(view), before.ops)
-        planner = Planner(view, selection, price)
-        plan = planner.run()
-        if distribute(view, selection, planner.fused):
-            view = look(captured, propagate(captured, inputs))
-            plan = Planner(view, selection, price).run()
-        return Pass(part, view, plan, before, params)
+        return Pass(part, view, Planner(view, selection, price).run(), before, params)
 
 
 @dataclass

@@ -9,7 +9,8 @@ No weight is touched here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, reduce
@@ -27,10 +28,11 @@ from .record import IDENTITY, Operator
 from .refusal import Refusal
 from .regions import Chain, Join, Step, find, part_nodes, steps_of
 from .reorder import orders
-from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses
+from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses, kept
 from .view import View
 
 UNREACHED: Price = (10**9, Fraction(0), 0)
+STRANDED: Price = (10**6, Fraction(0), 0)  # a moved factor that no layer takes: its node stands elsewhere
 WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number
 
 
@@ -60,39 +62,45 @@ class Planner:
         return Apart(self._combine, self._price)
 
     def run(self) -> Plan:
-        sites, _ = self._sites(frozenset())
-        shared = frozenset(self.view.passage.trees.keys() - self.fused)
-        while shared:  # factors that several layers share, where each of them takes its own
-            sites, left = self._sites(shared)
+        sites, _ = self._sites(frozenset(), frozenset())
+        trees = self.view.passage.trees.keys()
+        divided = frozenset(f for f, d in self.view.passage.divisions.items() if not self.fused.issuperset(d.factors))
+        shared = frozenset(trees - self.fused - divided)
+        while shared or divided:  # factors that every layer before or after them takes, or none
+            sites, left = self._sites(shared, divided)
             if not left:
                 break
-            shared -= left
-            if not shared:
-                sites, _ = self._sites(shared)
+            shared, divided = (shared - left) | (divided & left & trees), divided - left
+            if not shared and not divided:
+                sites, _ = self._sites(shared, divided)
         notes = left_over(self.view, self.patterns, self.joined, self.fused)
         return Plan(tuple(sites), tuple(dict.fromkeys((*self.refusals, *notes))))
 
-    def _sites(self, shared: frozenset[Node]) -> tuple[list[Site], set[Node]]:
-        """All sites with something to fuse, and those `shared` factors that a layer after them does not take."""
-        chains, sites, left = find(self.view, shared), list[Site](), set[Node]()
+    def _sites(self, shared: frozenset[Node], divided: frozenset[Node]) -> tuple[list[Site], set[Node]]:
+        """All sites with something to fuse, and those `shared` or `divided` factors that a layer does not take."""
+        chains, sites, left = find(self.view, shared, divided), list[Site](), set[Node]()
         self.refusals, self.fused = [], set()
         self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
+        trees, divisions = self.view.passage.trees, self.view.passage.divisions
+        placed = Counter[Node]()
         for chain in chains:
-            taken = set[Node]()
             if refusal := self._overwritten(chain):
                 self.refusals.append(refusal)
+                stay = {n for p in chain.parts for n in part_nodes(p)}
             else:
                 best = self._chain(chain, Fraction(1))
                 self.refusals.extend(best.notes)
+                stay = {s.node for s in kept(best.segments) if s.node is not None and s.op.kind == "scale"}
                 taken = {n for f in fuses(best.segments) for p in f.parts for n in part_nodes(p)}
-            if taken:
-                sites.append(Site(chain.source, best.segments))
+                placed.update(_moved(best.segments))
+                sites += [Site(chain.source, best.segments)] if taken else []
                 self.fused |= taken
             first = next(part_nodes(chain.parts[0]), None)
-            if first in shared:
-                tree = self.view.passage.trees[first]
-                own = {n for p in chain.parts for n in part_nodes(p) if n in tree}
-                left |= {first} if any(self.view.affine[n].op.kind == "scale" for n in own - taken) else set()
+            left |= {first} if first in shared and stay & trees[first] else set()
+        for first in divided:
+            left |= (
+                {first} if any(placed[f] < len(divisions[first].portions) for f in divisions[first].factors) else set()
+            )
         return sites, left
 
     def _overwritten(self, chain: Chain) -> Refusal | None:
@@ -207,7 +215,7 @@ class Planner:
         if isinstance(part, Step):
             executed = int(part.node is not None) + part.op.computed
             price = self._price(part.op, self._area(part.node, area, part.op), executed)
-            price = UNREACHED if part.moved else price  # its node stands elsewhere
+            price = STRANDED if part.moved else price
             return _Option(price, (Keep(part),), part.op)
         branches = [self._chain(b, area) for b in part.branches]
         return self._sum(part, branches, area) if part.kind == "sum" else self._concat(part, branches, area)
@@ -311,6 +319,13 @@ def _on_axis(join: Join, op: Operator | Refusal) -> Operator | Refusal:
     if isinstance(op, Refusal) or join.spatial in (None, op.spatial):
         return op
     return Refusal("the concatenated axis is not the channel axis of its inputs")
+
+
+def _moved(segments: tuple[Segment, ...]) -> Iterator[Node]:
+    """Factors that have moved into fused stretches, each as often as it has."""
+    for step in (s for f in fuses(segments) for p in f.parts for s in steps_of(p)):
+        if step.moved and step.node is not None:
+            yield step.node
 
 
 def _rank(op: Operator | Refusal) -> int:

@@ -86,11 +86,19 @@ def exit_of(parts: Iterable[Step | Join]) -> Node:
     return [p.node for p in parts if p.node is not None and not (isinstance(p, Step) and p.moved)][-1]
 
 
-def find(view: View, shared: frozenset[Node] = frozenset()) -> list[Chain]:
+def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[Node] = frozenset()) -> list[Chain]:
     """All maximal chains, in execution order of their last node.
 
-    Each layer after `shared` factors (roots of `Passage.trees`) has a copy of them in its own chain.
+    Each layer after `shared` factors (roots of `Passage.trees`) has a copy of them in its own chain, and each
+    branch of the join before `divided` ones (of `Passage.divisions`) its portion.
     """
+    divisions = [view.passage.divisions[first] for first in divided]
+    gone = {factor: view.affine[d.factors[0]].inputs[0][0] for d in divisions for factor in d.factors}
+    portions = {
+        end: [Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True)]
+        for d in divisions
+        for end, ops in d.portions.items()
+    }
     copied = {n for root in shared for n in view.passage.trees[root]}
     chains: dict[Node, Chain] = {}
     swallowed: set[Node] = set()
@@ -101,24 +109,30 @@ def find(view: View, shared: frozenset[Node] = frozenset()) -> list[Chain]:
     for node, affine in view.affine.items():
         private = [s in chains and _private(s, node, view, flow) for s, _ in affine.inputs]
         starts = [chains[s] if p else Chain(s, []) for (s, _), p in zip(affine.inputs, private, strict=True)]
+        if node in gone:
+            if gone[node] in chains:
+                chains[node] = chains[gone[node]]
+                swallowed.add(affine.inputs[0][0])
+            continue
         if node in shared:
             chains[node] = Chain(affine.inputs[0][0], [Step(node, affine.op)])
             swallowed.add(node)
             continue
         if affine.inputs[0][0] in copied:
             before = chains[affine.inputs[0][0]]
-            chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op)])
+            chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op), *portions.get(node, [])])
             swallowed.update({node} & copied)
             continue
         if affine.kind == "unary":
             chains[node] = Chain(starts[0].source, starts[0].parts)
-            starts[0].parts.append(Step(node, affine.op))
+            starts[0].parts.extend((Step(node, affine.op), *portions.get(node, [])))
         elif len({c.source for c in starts}) == 1:
             join, source = _join(node, affine, starts, view), starts[0].source
             chains[node] = Chain(source, [join])
             if source in chains and set(view.readers(source)) <= set(part_nodes(join)):
                 chains[node] = Chain(chains[source].source, [*chains[source].parts, join])
                 swallowed.add(source)
+            chains[node].parts.extend(portions.get(node, []))
         else:
             continue  # branches of different tensors: each ends here, and the join is opaque
         swallowed.update(s for (s, _), p in zip(affine.inputs, private, strict=True) if p)

@@ -23,15 +23,15 @@ from .effects import rank_check, shape_reader
 from .kinds import is_number
 from .materialize import Stored, blank, layer, sources, tensors
 from .names import is_aten
+from .rank_checks import RankChecks
 from .record import Operator
 from .refusal import Refusal
-from .regions import Join, Step, exit_of, part_nodes
+from .regions import Join, Step, exit_of, part_nodes, steps_of
 from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site
 from .view import View
 
 RESHAPES: dict[Any, Any] = {"view": "reshape", "view_as": "reshape_as"}
 RESHAPES[torch.ops.aten.view.default] = torch.ops.aten.reshape.default
-GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Rewriter:
         self.layers: dict[str, nn.Module] = {}
         self.condemned: set[Node] = set()
         self.replaced: dict[Node, Node] = {}
-        self.guarded: set[tuple[Node, int]] = set()
+        self.ranks = RankChecks(self.graph, view, self._current)
         self.emitted: dict[Node, tuple[Fuse, Node]] = {}  # by the call of the new layer, with what it reads
         self.taken: set[str] = set()  # names in use, and everything above them
         self.above: set[str] = set()
@@ -158,7 +158,7 @@ class Rewriter:
 
     def _rejoin(self, segment: Rejoin, source: Node) -> Node:
         join = segment.join
-        results: list[tuple[Node, float]] = []
+        results, together = list[tuple[Node, float]](), list[Fuse]()
         for piece in segment.pieces:
             first = piece[0] if piece else None
             if isinstance(first, Fuse) and len(piece) == 1 and first.parts and first.parts[0] is not join:
@@ -166,6 +166,7 @@ class Rewriter:
                 if isinstance(part, Join) and part.node is join.node:  # some of the branches, merged
                     results.append((self._layer_call(first, source, join.node), 1.0))
                     self._condemn(first)
+                    together.append(first)
                     continue
             results.append(self._emit(source, piece))
         absorbed = any(_ends_in_coefficient(p) for p in segment.pieces)
@@ -176,6 +177,8 @@ class Rewriter:
         new.meta = dict(join.node.meta)
         self.condemned.update(join.nodes)
         self._replace(join.node, new)
+        for fuse in together:
+            self._let_through(fuse)
         return new
 
     def _replace(self, old: Node, new: Node) -> None:
@@ -184,14 +187,14 @@ class Rewriter:
 
     def _let_through(self, fuse: Fuse) -> None:
         """Let those that read a factor which has moved elsewhere read its input."""
-        for part in fuse.parts:
-            if isinstance(part, Step) and part.moved and part.node is not None:
-                value = self._current(self.view.affine[part.node].inputs[0][0])
-                if part.lay and part.node.users:
-                    with self.graph.inserting_before(part.node):
+        for step in (s for p in fuse.parts for s in steps_of(p)):
+            if step.moved and step.node is not None:
+                value = self._current(self.view.affine[step.node].inputs[0][0])
+                if step.lay and step.node.users:
+                    with self.graph.inserting_before(step.node):
                         value = self.graph.call_method("contiguous", (value,))
                     self.condemned.add(value)  # if nobody reads it in the end
-                self._replace(part.node, value)
+                self._replace(step.node, value)
 
     def _current(self, node: Node) -> Node:
         """What stands for a node of the plan now: sites that read it are emitted after its own."""
@@ -216,7 +219,7 @@ class Rewriter:
         """Call the layer of a fused stretch on `source`, right before node `before`."""
         op, nodes = fuse.op, [n for p in fuse.parts for n in part_nodes(p)]
         name = self._name(op)
-        self._guard(source, fuse)
+        self.ranks.of_layer(source, fuse)
         asked = answers(fuse.parts, self.view.sized) or {}
         later = [u for n, by_input in asked.items() if not by_input for u in self.view.sized[n]]
         before = min((before, *later), key=self.view.effects.position.__getitem__)
@@ -241,15 +244,6 @@ class Rewriter:
         x.meta["fxfuse"] = tuple(dict.fromkeys(n.name for n in nodes))
         return x
 
-    def _guard(self, source: Node, fuse: Fuse) -> None:
-        """Check the rank a merge took for granted."""
-        affine = self.view.affine
-        for part in fuse.parts:
-            for node in part_nodes(part):
-                if node in affine and (rank := affine[node].assumes) is not None:
-                    moved = isinstance(part, Step) and part.moved
-                    self._check_rank(self._current(affine[node].inputs[0][0]) if moved else source, rank)
-
     def _keep_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:
         """If a factor has moved past a carry, check the rank of what it reads, which may lie in any order now."""
         affine = self.view.affine[node]
@@ -257,19 +251,7 @@ class Rewriter:
         if affine.op.kind == "carry" and moved:
             node.target = RESHAPES.get(node.target, node.target)
             if affine.assumes is not None:
-                self._check_rank(self._current(affine.inputs[0][0]), affine.assumes)
-
-    def _check_rank(self, source: Node, rank: int) -> None:
-        """Check the rank of a tensor, once."""
-        if (source, rank) in self.guarded:
-            return
-        self.guarded.add((source, rank))
-        with self.graph.inserting_after(source):
-            message = GUARD.format(rank)
-            check = self.graph.call_function(torch._assert, (source, message))
-        with self.graph.inserting_before(check):
-            dims = self.graph.call_method("dim", (source,))
-            check.args = (self.graph.call_function(operator.eq, (dims, rank)), message)
+                self.ranks.check(self._current(affine.inputs[0][0]), affine.assumes)
 
     def _condemn(self, fuse: Fuse) -> None:
         for part in fuse.parts:

@@ -63,6 +63,16 @@ class Plan:
     refusals: tuple[Refusal, ...]
 
 
+def kept(segments: Iterable[Segment]) -> Iterator[Step]:
+    """Every step that stays, those inside a join that stays included, in order."""
+    for segment in segments:
+        if isinstance(segment, Keep):
+            yield segment.step
+        elif isinstance(segment, Rejoin):
+            for piece in segment.pieces:
+                yield from kept(piece)
+
+
 def fuses(segments: Iterable[Segment]) -> Iterator[Fuse]:
     """Every fused stretch, those inside a join that stays included, in order."""
     for segment in segments:

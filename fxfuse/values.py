@@ -30,6 +30,10 @@ def compute(op: Operator, source: Values) -> Numbers:
             return _scaled(*parts)
         return _compose(op, f, g, *parts)
     weight, bias = parts[0].weight(), parts[0].bias
+    if op.law == "portion":
+        run = slice(*op.const("rows")) if op.const("rows") else slice(None)
+        bias = bias[run] if op.bias and bias is not None else None
+        return Numbers.of(weight[run].reshape(op.out_channels, 1, *op.kernel), bias)
     if op.law == "rows":
         rows = list(op.const("rows"))
         return Numbers.of(weight[rows], None if bias is None else bias[rows])

@@ -29,7 +29,7 @@ from .facts import infer
 from .fold import find_constants, tensor_at
 from .lift_layers import LAYERS
 from .lift_tensors import ARITHMETIC
-from .passage import Passage, find_passage
+from .passage import Passage, find_divisions, find_passage
 from .record import Operator
 from .refusal import Refusal
 from .shaping import read_shaping
@@ -120,6 +120,7 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     graph = view.captured.graph
     if not any(_apart(node, view) for node in view.affine):
         return view
+    divisions = find_divisions(view.affine, view.readers)
     dims = Dims(graph, view.calls, shapings, view.facts, view.captured.modules)
     steps = dict[Node, Affine]()
     for node in graph.nodes:
@@ -133,7 +134,7 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     chosen = view.affine.keys() | passage.carries
     affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
     carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
-    return replace(view, affine=affine_nodes, passage=passage, carries=carries)
+    return replace(view, affine=affine_nodes, passage=replace(passage, divisions=divisions), carries=carries)
 
 
 def _apart(node: Node, view: View) -> bool:

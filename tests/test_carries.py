@@ -92,7 +92,7 @@ FROM_IMAGES: dict[str, Case] = {
     ),
     "mean, two heads": (
         lambda s, x: (s.f(s.d(s.b(x).mean((2, 3)))) + s.g(s.d(s.b(x).mean((2, 3))))) / 2,
-        {"b": bn(2), "d": nn.Dropout(0.1), "f": linear(), "g": linear()}, "linear 2 div 1",
+        {"b": bn(2), "d": nn.Dropout(0.1), "f": linear(), "g": linear()}, "linear 2",
     ),
     "one mean, two heads": (
         lambda s, x: (lambda y: (s.f(s.d(y)) + s.g(s.d(y))) / 2)(s.b(x).mean((-1, -2))),

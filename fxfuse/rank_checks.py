@@ -1,0 +1,46 @@
+"""Run-time checks of ranks that were taken for granted: those of the examples, or a batch dim before an image's."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, Node
+
+from .regions import part_nodes, steps_of
+from .sites import Fuse
+from .view import View
+
+GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
+
+
+class RankChecks:
+    """Puts the checks into `graph`, one for each tensor and rank; `current` gives what stands for a node by now."""
+
+    def __init__(self, graph: Graph, view: View, current: Callable[[Node], Node]) -> None:
+        self.graph, self.view, self.current = graph, view, current
+        self.done: set[tuple[Node, int]] = set()
+
+    def of_layer(self, source: Node, fuse: Fuse) -> None:
+        """Check what a merge took for granted; the layer reads `source`."""
+        affine = self.view.affine
+        steps = [s for p in fuse.parts for s in steps_of(p)]
+        moved = {s.node: affine[s.node].inputs[0][0] for s in steps if s.moved and s.node is not None}
+        for node in (n for p in fuse.parts for n in part_nodes(p) if n in affine):
+            where = moved.get(node)
+            self.check(source if where is None else self.current(where), affine[node].assumes)
+            if where in affine and affine[where].kind != "unary":  # a join whose branches it has moved into
+                self.check(self.current(where), affine[where].assumes)
+
+    def check(self, source: Node, rank: int | None) -> None:
+        """Check the rank of a tensor that was taken for granted, once."""
+        if rank is None or (source, rank) in self.done:
+            return
+        self.done.add((source, rank))
+        with self.graph.inserting_after(source):
+            message = GUARD.format(rank)
+            check = self.graph.call_function(torch._assert, (source, message))
+        with self.graph.inserting_before(check):
+            dims = self.graph.call_method("dim", (source,))
+            check.args = (self.graph.call_function(operator.eq, (dims, rank)), message)
