@@ -72,12 +72,13 @@ def main() -> int:
     options = parser.parse_args()
     seeds, counts = range(options.seed, options.seed + options.examples), Counter[str]()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs, start) as pool, tqdm(total=len(seeds), smoothing=0.05) as bar:
+    silent = not sys.stderr.isatty()
+    with context.Pool(options.jobs, start) as pool, tqdm(total=len(seeds), smoothing=0.05, disable=silent) as bar:
         results: Any = pool.imap_unordered(examine, seeds, chunksize=16)
         for seed, kind, text in results:
             counts[kind] += 1
             bar.update()
-            bar.set_postfix(counts)
+            bar.set_postfix(counts, refresh=False)
             if text:
                 tqdm.write(f"\nseed {seed}\n{text}")
     print(f"seeds {seeds.start} to {seeds.stop - 1}:", ", ".join(f"{n} {k}" for k, n in counts.most_common()))

@@ -108,6 +108,15 @@ class Effects:
                     return False
         return True
 
+    def writes_itself(self, value: Node) -> Node | None:
+        """A node that writes `value`, or a view of it, and reads the same memory by another name."""
+        root = self.classes[value]
+        for writer, targets in self.writes.items():
+            if any(self.classes[t] == root for t in targets):
+                if sum(self.classes[n] == root for n in writer.all_input_nodes) > 1:
+                    return writer
+        return None
+
     def written_between(self, value: Node, start: int, stop: int, inside: Iterable[Node]) -> Node | None:
         """A node after `start` and before `stop`, not in `inside`, that may write `value`."""
         if not self.writes:

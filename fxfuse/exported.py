@@ -103,15 +103,13 @@ def _quiet() -> Iterator[None]:
 
 
 class _PlainSizes(TorchFunctionMode):
-    """Gives up on what torch.export would not note, assignments to `.data`, and on sizes that grow out of hand.
+    """Gives up on sizes that grow out of hand.
 
     Padding to a multiple, layer after layer, triples the expression for a size each time, and torch.export then
     takes minutes to compare two. Sizes behind plain convolutions, pools and windows stay far below the limit.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
-            raise CaptureError("the forward assigns to .data of a tensor, which a graph cannot hold")
         result = func(*args, **(kwargs or {}))
         sizes: tuple[Any, ...] = tuple(result.shape) if isinstance(result, Tensor) else ()
         for size in sizes:

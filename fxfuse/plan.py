@@ -110,6 +110,15 @@ class Planner:
         nodes = [n for p in chain.parts for n in part_nodes(p)]
         own = {*nodes, *(w for n in nodes for w in self.view.affine[n].extra)}
         at = [effects.position[n] for n in nodes]
+        last = chain.parts[-1]
+        if isinstance(last, Step) and last.op.kind == "select" and (writer := effects.writes_itself(nodes[-1])):
+            # whether PyTorch takes a write over memory that overlaps depends on the strides, and these would change
+            return Refusal(
+                "its slice is written in place by an operation that also reads the same memory by another name",
+                where=nodes[-1].name,
+                detail=f"written by {writer.name}",
+                remedy="use the out-of-place form",
+            )
         writer = effects.written_between(chain.source, min(at), max(at), own)
         if writer is None:
             return None

@@ -94,9 +94,14 @@ class _Rebuilder:
             check.condition(text, place)
 
     def general(self, holds: Conditions, given: Sequence[Part]) -> bool:
-        """Whether the graph holds for every batch and size: the number of channels is all that is taken for granted."""
+        """Whether the graph holds for every batch and size: the number of channels is all that is taken for granted.
+
+        Numbers, strings and the lengths of containers are held to those of the examples, and parameters that are
+        left out to their defaults: with any of these it does not hold.
+        """
         channels = all(re.fullmatch(r".*\.size\(1\) == \d+", text) for text in holds)
-        return channels and not any(self._left_out({p.name for p in given}))
+        tensors = all(p.leaf and isinstance(p.value, Tensor) for p in given)
+        return channels and tensors and not any(self._left_out({p.name for p in given}))
 
     def _placeholders(self, given: Collection[str]) -> dict[str, Node]:
         made = {}
@@ -119,6 +124,8 @@ class _Rebuilder:
         if isinstance(node.target, HigherOrderOperator) or name in _MODES:
             does = _MODES.get(name, f"uses {name}")
             raise CaptureError(f"the forward {does}, which a graph cannot hold{_line(node)}")
+        if name == "_has_compatible_shallow_copy_type":  # all that torch.export notes of the assignment
+            raise CaptureError(f"the forward assigns to .data of a tensor, which a graph cannot hold{_line(node)}")
         if name == "_assert_tensor_metadata":
             return  # dtypes follow from those of the inputs, which are checked
         if name == "detach_" and isinstance(made := node.args[0], Node) and plain(made.target) == "lift_fresh_copy":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from helpers import assert_untouched, fingerprint, relative_error
+from random_body import FINEST
 from random_models import Program
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -76,7 +77,8 @@ def check(program: Program) -> Outcome:
             except AssertionError as error:
                 assert GUARD in str(error), error
                 return Outcome(len(report.fired), guarded=True)
-            _same(got, ours, want, theirs, program.exact, program.last)
+            exact = program.exact and _round((want, theirs))  # a mean over 15 positions is exact for some inputs only
+            _same(got, ours, want, theirs, exact, program.last)
     assert_untouched(model, before)
     _same_state(truth, program.build(), fused, program.exact)
     return Outcome(len(report.fired))
@@ -99,6 +101,12 @@ def _same(got: Any, ours: tuple[Any, ...], want: Any, theirs: tuple[Any, ...], e
     for a, b in zip(ours, theirs, strict=True):
         if isinstance(b, Tensor):
             _close(a, b, exact, "input afterwards")
+
+
+def _round(values: Any) -> bool:
+    """Whether all numbers are so round that none can come from a division that was not exact."""
+    fine = [v.detach() * FINEST for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point()]
+    return all(torch.equal(v, v.round()) for v in fine)
 
 
 def _close(a: Tensor, b: Tensor, exact: bool, what: str) -> None:

@@ -7,7 +7,7 @@ from random_body import Body, Reader, Rejected, table
 MODES = ("zeros",) * 6 + ("reflect", "replicate", "circular")
 ACTIVATIONS = table("""
     nn.ReLU() ; nn.ReLU() ; nn.ReLU(inplace=True) ; nn.Hardtanh(-4, 4) ; nn.Hardtanh(-4, 4, inplace=True) ;
-    nn.LeakyReLU(0.5) ; nn.LeakyReLU(0.5, inplace=True) ; nn.Sigmoid() ; nn.Threshold(1, 2)
+    nn.LeakyReLU(0.5) ; nn.LeakyReLU(0.5, inplace=True) ; nn.Sigmoid() ; nn.Threshold(1, 1)
 """)
 SHAPED = table("""
     nn.Identity() ; nn.Dropout(0.5) ; nn.Dropout(0.5, inplace=True) ; nn.Flatten() ; nn.Flatten(0, 1) ; Behind() ;

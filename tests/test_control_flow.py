@@ -149,6 +149,13 @@ def writes_data(self: Any, x: Tensor) -> Any:
     return self.two(y)
 
 
+def puts_data_elsewhere(self: Any, x: Tensor) -> Any:
+    y = self.one(x)
+    z = self.two(y).relu()
+    y.data = x.clone()
+    return y + z
+
+
 def draws(self: Any, x: Tensor) -> Any:
     return self.one(x) + torch.rand(4, 1, 1, dtype=torch.float64)
 
@@ -166,7 +173,7 @@ FLOWS: dict[str, Forward] = {
     for f in (
         branch, branch_on_size, branch_on_data, branch_on_rank, branch_on_type, samples, until, length, item, tries,
         generator, default_dict, no_grad, autocast, inference, counter, remembers, collects, memo_by_size, warms_up,
-        replaces_a_buffer, writes_data, draws, draws_in_python, new_layer,
+        replaces_a_buffer, writes_data, puts_data_elsewhere, draws, draws_in_python, new_layer,
     )
 }  # fmt: skip
 

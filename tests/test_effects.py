@@ -212,3 +212,19 @@ def test_a_weight_written_under_another_name_is_not_folded() -> None:
     model = usual(forward, other=nn.Conv2d(4, 4, 1))
     model.other.weight = model.p.weight
     agrees(model, fires=False, refused="the forward itself writes its weights")
+
+
+def test_a_slice_written_with_a_view_of_itself_keeps_its_strides() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.line(x).split(1, 1)[-1]
+        z = y[:, ::2]
+        z += y  # which PyTorch allows for some strides and not for others
+        return z
+
+    model = usual(forward, line=nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval())
+    with torch.no_grad():
+        fused = fxfuse.optimize(model, torch.randn(3, 4).double())
+        for batch in (3, 2):
+            x = torch.randn(batch, 4).double()
+            torch.testing.assert_close(fused(x), model(x))
+    assert any("reads the same memory by another name" in r.reason for r in fxfuse.report(fused).refused)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import namedtuple
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -185,3 +185,22 @@ def test_scalars_strings_and_no_tensors() -> None:
     for wrong in ((4, "abc"), (3, "xyz")):
         with pytest.raises(AssertionError, match=r"the graph was made for (n=3|name='abc')"):
             fused(*wrong)
+
+
+def test_by_itself_no_graph_is_taken_that_holds_for_the_numbers_of_the_examples_alone() -> None:
+    def forward(self: Any, x: Tensor, k: int) -> Tensor:
+        assert x.dim() == 4
+        return cast(Tensor, self.b(self.a(x)) * k)
+
+    model, x = usual(forward), torch.randn(2, 4, 5, 5).double()
+    fused = fxfuse.optimize(model, (x, 2))
+    for k in (2, 3):
+        assert torch.equal(fused(x, k), model(x, k))
+
+    def several(self: Any, xs: list[Tensor]) -> Tensor:
+        assert xs[0].dim() == 4
+        return cast(Tensor, sum(self.b(self.a(x)) for x in xs))
+
+    model = usual(several)
+    fused = fxfuse.optimize(model, ([x, x],))
+    assert torch.equal(fused([x]), model([x])) and torch.equal(fused([x] * 3), model([x] * 3))
