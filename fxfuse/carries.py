@@ -17,6 +17,7 @@ from .arguments import Affine, layout
 from .call import Call
 from .dims import Dims, Shape, kept_axes, order_of
 from .fact import Fact
+from .names import is_aten, plain
 from .record import Operator
 from .shaping import ints_of
 
@@ -32,8 +33,9 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
     what it does to the order in memory, see `strides`.
     """
     if call is None:
-        kept = node.op == "call_method" and node.target in ("contiguous", "clone") and len(node.args) == 1
-        return _affine(node, node.args[0], None, None, str(node.target)) if kept and not node.kwargs else None
+        name = plain(node.target) if node.op == "call_method" or is_aten(node) else ""
+        kept = name in ("contiguous", "clone") and len(node.args) == 1 and not node.kwargs
+        return _affine(node, node.args[0], None, None, name) if kept else None
     source = call.args.get("input")
     if not isinstance(source, Node):
         return None

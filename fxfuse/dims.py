@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 
 from .call import Call
 from .fact import Fact
-from .shaping import elementwise, ints_of
+from .names import is_aten, plain
+from .shaping import elementwise, ints_of, pooled
 
 
 class Size(NamedTuple):
@@ -41,6 +42,7 @@ class Size(NamedTuple):
 
 Shape = tuple[Size, ...]
 ONE = Size(1)
+_SIZE = ("size", "sym_size")
 LONG = 8  # unknowns in one product
 _SAME = {"batch_norm", "dropout", "identity", "neg", "channel_shuffle", "flip", "same", "cast", "layer_norm"}
 
@@ -92,6 +94,8 @@ class Dims:
             call = shapings.get(node) or calls.get(node)
             if call is None and elementwise(node, modules):
                 call = Call("same", {"input": node.args[0]})
+            elif call is None and (spatial := pooled(node, modules)):
+                call = Call("avg_pool", {"input": node.args[0]}, spatial)
             fact = facts[node].sure or facts[node]
             if fact.rank is None:
                 continue
@@ -174,6 +178,8 @@ class Dims:
     def _shape(self, node: Node, call: Call, rank: int) -> Sequence[Size | None] | None:
         if call.op in ("add", "sub", "mul", "div"):
             return self._broadcast([call.args[n] for n in ("input", "other")], rank)
+        if call.op == "cat":
+            return self._concatenated(call, rank)
         x = self.of(call.args.get("input"))
         if x is None:
             return self._sizes(call.args["sizes"], Size(1, (node.name,))) if call.op == "reshape" else None
@@ -200,6 +206,14 @@ class Dims:
             return (*(s if c == slice(None) else None for s, c in zip(x, cuts, strict=False)), *x[len(cuts) :])
         return self.reshaped(x, call)
 
+    def _concatenated(self, call: Call, rank: int) -> list[Size | None] | None:
+        """Sizes of any of the tensors, which agree but along one axis."""
+        tensors, axis = call.args["tensors"], _index(call.args["dim"], rank)
+        known = [s for t in tensors if (s := self.of(t)) is not None] if isinstance(tensors, (tuple, list)) else []
+        if not known or axis is None:
+            return None
+        return [None if i == axis else s for i, s in enumerate(known[0])]
+
     def _broadcast(self, operands: list[Any], rank: int) -> list[Size | None] | None:
         """Sizes on which all operands agree; a number or an axis of length 1 leaves it to the others."""
         known = []
@@ -221,7 +235,7 @@ class Dims:
         """What a node that asks for sizes, or computes with them, gives."""
         args: Any = node.args
         source = args[0] if args else None
-        if node.target is getattr or node.target == "size":
+        if node.target is getattr or plain(node.target) in _SIZE:
             shape = self.of(source)
             if shape is not None and (node.target is getattr or len(args) == 1):
                 self.values[node] = shape
@@ -287,6 +301,8 @@ def _asks(node: Node) -> bool:
     """Whether a node asks for a shape, or computes with one."""
     if node.op == "call_method":
         return node.target == "size"
+    if is_aten(node):
+        return plain(node.target) in _SIZE
     if node.op != "call_function":
         return False
     if node.target is getattr:

@@ -22,7 +22,7 @@ from . import schema
 from .call import Call
 from .guards import storage
 from .layers import layer_type
-from .names import plain
+from .names import is_aten, plain
 from .tracer import has_hooks
 
 _INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
@@ -231,7 +231,8 @@ def asks_size(user: Node, node: Node) -> bool:
     """Whether `user` reads nothing but the size of `node`."""
     if shape_reader(user) == "shape":
         return True
-    like = user.op == "call_method" and user.target in ("reshape_as", "view_as", "expand_as")
+    method = user.op == "call_method" or is_aten(user)
+    like = method and plain(user.target) in ("reshape_as", "view_as", "expand_as")
     return like and len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
 
 

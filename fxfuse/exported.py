@@ -12,8 +12,9 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial
+from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
@@ -90,25 +91,32 @@ def _own(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch.export logs of an attempt that fails, and warnings that the model gives when it runs."""
+    """Without what torch.export logs and prints of an attempt that fails, and warnings that the model gives."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
 
 
+_SETTERS: dict[Any, str] = {
+    getattr(Tensor, name).__set__: name for name in ("data", "grad", "requires_grad", "real", "imag")
+}
+
+
 class _PlainSizes(TorchFunctionMode):
-    """Gives up on open sizes that grow out of hand.
+    """Gives up on what torch.export would not note, assignments to `.data`, and on sizes that grow out of hand.
 
     Padding to a multiple, layer after layer, triples the expression for a size each time, and torch.export then
     takes minutes to compare two. Sizes behind plain convolutions, pools and windows stay far below the limit.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SETTERS:
+            raise CaptureError(f"the forward assigns to .{_SETTERS[func]} of a tensor, which a graph cannot hold")
         result = func(*args, **(kwargs or {}))
         sizes: tuple[Any, ...] = tuple(result.shape) if isinstance(result, Tensor) else ()
         for size in sizes:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from . import ranks
@@ -22,11 +21,7 @@ from .effects import rank_check
 from .fact import Fact, fact_of, known, of_shape, same_rank, same_shape
 from .kinds import is_number
 from .names import plain
-from .shaping import elementwise
-from .shaping import plain as plain_module
-
-_POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
-_POOL_MODULES = {getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")}
+from .shaping import elementwise, pooled
 
 
 def infer(
@@ -230,16 +225,8 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
         return
     if elementwise(node, modules):
         same_shape(facts[source], out)
-    elif node.op == "call_module":
-        module = modules[str(node.target)]
-        if type(module) in _POOL_MODULES and plain_module(module) and not getattr(module, "return_indices", False):
-            _spatial(facts[source], out, _POOL_MODULES[type(module)], channels=True)
-    elif node.op == "call_function":
-        several = (
-            isinstance(node.target, OpOverload) and len(node.target._schema.returns) > 1
-        )  # a value and its indices
-        if (name := plain(node.target)) in _POOL_NAMES and not several:
-            _spatial(facts[source], out, _POOL_NAMES[name], channels=True)
-        elif check := rank_check(node):
-            facts[check[0]].at_least(check[1])
-            facts[check[0]].at_most(check[1])
+    elif spatial := pooled(node, modules):
+        _spatial(facts[source], out, spatial, channels=True)
+    elif check := rank_check(node):
+        facts[check[0]].at_least(check[1])
+        facts[check[0]].at_most(check[1])

@@ -29,6 +29,8 @@ from .regions import Join, Step, exit_of, part_nodes
 from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site
 from .view import View
 
+RESHAPES: dict[Any, Any] = {"view": "reshape", "view_as": "reshape_as"}
+RESHAPES[torch.ops.aten.view.default] = torch.ops.aten.reshape.default
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
 
 
@@ -253,7 +255,7 @@ class Rewriter:
         affine = self.view.affine[node]
         moved = any(isinstance(p, Step) and p.moved for s in segments if isinstance(s, Fuse) for p in s.parts)
         if affine.op.kind == "carry" and moved:
-            node.target = {"view": "reshape", "view_as": "reshape_as"}.get(str(node.target), node.target)
+            node.target = RESHAPES.get(node.target, node.target)
             if affine.assumes is not None:
                 self._check_rank(self._current(affine.inputs[0][0]), affine.assumes)
 

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from .call import Call
 from .dialect import ELEMENTWISE_MODULES
 from .dialect import elementwise as elementwise_call
+from .names import is_aten
+from .names import plain as plain_name
+from .schema import bound
 from .tracer import has_hooks
 
 # name: (canonical operation, names of its arguments, defaults)
@@ -70,9 +74,20 @@ _TABLE |= {f"adaptive_avg_pool{d}d": ("adaptive_avg_pool", "input output_size", 
 _VARIADIC = {"view": "reshape", "reshape": "reshape", "permute": "permute", "expand": "expand", "repeat": "repeat"}
 _SPACES = (torch, F, operator)
 _FUNCTIONS = {getattr(space, n): n for n in (*_TABLE, "reshape", "permute") for space in _SPACES if hasattr(space, n)}
+# ATen operators that a table of names cannot tell, and what each canonical operation needs to be given
+_ATEN = {"view": "reshape", "reshape": "reshape", "unsafe_view": "reshape", "permute": "permute"}
+_ATEN |= {f"upsample_{kind}": "interpolate" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d")}
+_ATEN_ARGUMENTS = {"self": "input", "size": "sizes", "shape": "sizes"}
+_MOVES: dict[str, tuple[str, ...]] = {
+    "reshape": ("sizes",), "permute": ("sizes",), "flatten": ("start_dim", "end_dim"), "unflatten": ("dim", "sizes"),
+    "transpose": ("dim0", "dim1"), "unsqueeze": ("dim",), "squeeze": ("dim",), "average": ("dim", "keepdim", "dtype"),
+    "adaptive_avg_pool": ("output_size",), "like": ("other",),
+}  # fmt: skip
 _CASTS = {"to", "long", "int", "bool", "bfloat16", "cpu", "cuda"}
 _NOT_METHODS = {"interpolate", "layer_norm", "group_norm", "normalize", "stack", "where", "embedding"}
 _NOT_METHODS |= {"scaled_dot_product_attention", *(f"adaptive_avg_pool{d}d" for d in (1, 2, 3))}
+_POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
+_POOL_MODULES = {getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")}
 _SAME = (nn.Softmax, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -80,6 +95,8 @@ def read_shaping(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
     """The call behind a node that is no layer; None for what is not in the table."""
     if node.op == "call_module":
         return _module(node, modules[str(node.target)])
+    if is_aten(node):
+        return _aten(node)
     if node.op == "call_function":
         name = _FUNCTIONS.get(node.target, "")
     elif node.op == "call_method" and node.target not in _NOT_METHODS:
@@ -97,8 +114,23 @@ def read_shaping(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
     kwargs = {k: v for k, v in node.kwargs.items() if k in names or (v is not None and k != "_stacklevel")}
     if len(node.args) > len(names) or any(k not in names for k in kwargs):
         return None
-    bound = defaults | dict(zip(names, node.args, strict=False)) | kwargs
-    return Call(op, bound, _spatial(name)) if all(n in bound for n in names) else None
+    given = defaults | dict(zip(names, node.args, strict=False)) | kwargs
+    return Call(op, given, _spatial(name)) if all(n in given for n in names) else None
+
+
+def _aten(node: Node) -> Call | None:
+    """An ATen operator that moves or averages values; ranks and sizes of others are in what the export tells."""
+    name, values = plain_name(node.target).removeprefix("_"), bound(node)
+    if values is None:
+        return None
+    args = {_ATEN_ARGUMENTS.get(k, k): v for k, v in values.items()}
+    args |= {"sizes": args["dims"]} if name == "permute" else {}
+    op = _ATEN.get(name, _TABLE[name][0] if name in _TABLE else "")
+    if op == "interpolate":
+        return Call(op, {"input": args["input"]})
+    if op not in _MOVES or not {*_MOVES[op], "input"} <= args.keys():
+        return None
+    return Call(op, {n: args[n] for n in ("input", *_MOVES[op])}, _spatial(name))
 
 
 def _spatial(name: str) -> int | None:
@@ -153,6 +185,16 @@ def elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_method" and node.target == "type_as":
         return True
     return elementwise_call(node) and node.all_input_nodes == [node.args[0]]
+
+
+def pooled(node: Node, modules: Mapping[str, nn.Module]) -> int | None:
+    """Over how many dims a node takes maxima or norms of windows, if it is such a pool and gives no indices."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        whole = plain(module) and not getattr(module, "return_indices", False)
+        return _POOL_MODULES.get(type(module)) if whole else None
+    several = isinstance(node.target, OpOverload) and len(node.target._schema.returns) > 1
+    return _POOL_NAMES.get(plain_name(node.target)) if node.op == "call_function" and not several else None
 
 
 def ints_of(value: Any) -> tuple[int, ...] | None:

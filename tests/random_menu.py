@@ -28,7 +28,7 @@ def conv_norm(body: Body, g: Reader) -> None:
         y = body.assign(f"{y}.relu()") if then == "relu norm" else y
         b = body.declare("b", layers.wrapped(body, g, layers.norm(body, g, body.shape(y))))
         if then == "functional norm":
-            training = g.pick(*["False"] * 5, "self.training", "True")
+            training = g.pick("False", "False", "False", "self.training", "True")
             text = f"F.batch_norm({y}, {b}.running_mean, {b}.running_var, {b}.weight, {b}.bias, {training}, eps=1.0)"
             body.assign(text)
         else:
@@ -64,7 +64,7 @@ def branches(body: Body, g: Reader) -> None:
                 b = body.declare("b", layers.wrapped(body, g, layers.norm(body, g, body.shape(y))))
                 y = body.assign(f"{b}({y})")
             found.append(y)
-    how = g.pick("+", "+", "alpha", "cat", "+=", "-", "add_", "stack", "sum", "cat_", "cat -1")
+    how = g.pick("+", "+", "alpha", "cat", "+=", "-", "add_", "stack", "sum", "cat_", "cat -1", "cat -1")
     total = found[0]
     if how in ("cat", "cat_"):
         names = ", ".join(found)
@@ -252,7 +252,7 @@ RESHAPES = table("""
 def write(body: Body, g: Reader) -> None:
     """A tensor changed in place, seen through whatever else shares its memory."""
     x = body.var(g) if g.pick(True, False) else body.names[g.next(len(body.names))]
-    refused = g.chance(6) and (body.depth or g.chance(3))  # as a whole, so mostly inside of modules
+    refused = g.chance(6) and (body.depth > 0 or g.chance(8))  # as a whole, so mostly inside of modules
     y, text = body.other(g, x), g.pick(*(RESHAPES if refused else WRITES))
     sharp = ">" in text
     if g.chance(3) and "=" not in text.replace("alpha=", "").replace("inplace=", "").replace("out=", ""):

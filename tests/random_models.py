@@ -100,6 +100,7 @@ def program(genes: tuple[bytes, ...]) -> Program:
     result = how.format(body.names[-1], *others, i=inputs[-1])
     source = "\n\n\n".join([*scope.classes, body.source("Model", result)])
     after = tuple(f"model.{line}" for line in body.after)
+    last = last and "dropout" not in source  # what is dropped depends on the layout
     return Program(source, after, inputs, shapes, last, grad, scope.exact, examples, patterns, then, genes)
 
 

@@ -90,7 +90,7 @@ def flow(body: Body, g: Reader) -> None:
         raise Rejected
     x, name = body.var(g), body.layers[-1 - g.next(8) % len(body.layers)].name
     fields = {"x": x, "l": name, "r": len(body.shape(x)), "c": (*body.shape(x), 0, 0)[1]}
-    anything = body.depth or g.chance(6)
+    anything = body.depth > 0 or g.chance(8)
     if anything and g.pick(False, True):
         body.assign(g.pick(*FLOWS).format(**fields), sharp=True)
         return

@@ -44,12 +44,14 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=0.0)
 
 
-def compared(case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool) -> tuple[dict[str, int], fxfuse.Report]:
+def compared(
+    case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool, capture: str | None = None
+) -> tuple[dict[str, int], fxfuse.Report]:
     """Outputs are equal on all shapes; what the result executes, and its report."""
     forward, parts, _ = case
     model = randomize(model_of(forward, **parts).double(), integer=True)
     before = fingerprint(model)
-    fused = fxfuse.optimize(model, integers(shapes[0]) if examples else None)
+    fused = fxfuse.optimize(model, integers(shapes[0]) if examples else None, capture=capture)
     for number, shape in enumerate(shapes):
         x = integers(shape, number)
         got, want = fused(x), model(x)
@@ -59,8 +61,8 @@ def compared(case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool) ->
     return {name: counts[name] for name in LAYERS if counts[name]}, fxfuse.report(fused)
 
 
-def run(case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool) -> None:
-    counts, report = compared(case, shapes, examples)
+def run(case: Case, shapes: tuple[tuple[int, ...], ...], examples: bool, capture: str | None = None) -> None:
+    counts, report = compared(case, shapes, examples, capture)
     assert " ".join(f"{n} {c}" for n, c in counts.items()) == case[2], report
 
 
@@ -201,6 +203,16 @@ def test_a_detour_leaves_nothing_behind() -> None:
     assert [n.op for n in fused.graph.nodes if n.target in ("flatten", "reshape_as")] == ["call_method"]
     x = integers(IMAGES[1])
     assert torch.equal(fused(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["levit", "levit in functions", "transposed and back", "heads", "contiguous"])
+def test_factors_move_in_exported_graphs_of_tokens(name: str) -> None:
+    run(FROM_TOKENS[name], TOKENS, examples=True, capture="export")
+
+
+@pytest.mark.parametrize("name", ["flatten", "tokens and back", "pooling head", "squeezed", "channels last and first"])
+def test_factors_move_in_exported_graphs_of_maps(name: str) -> None:
+    run(FROM_IMAGES[name], IMAGES, examples=True, capture="export")
 
 
 @pytest.mark.parametrize("examples", [False, True], ids=["", "examples"])

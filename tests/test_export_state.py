@@ -46,6 +46,11 @@ def conditional(self: Any, x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y + 1, (self.b(self.a(x)),))
 
 
+def asks_a_number(self: Any, x: Tensor) -> Tensor:
+    y = self.b(self.a(x))
+    return y * int((y > 0).sum())
+
+
 def sets_an_attribute(self: Any, x: Tensor) -> Tensor:
     self.calls = getattr(self, "calls", 0) + 1
     return self.b(self.a(x)) * self.calls
@@ -74,6 +79,7 @@ REFUSED: dict[Forward, str] = {
     switches_gradients: "switches gradients off or on",
     enters_autocast: r"enters torch\.autocast",
     conditional: "uses cond",
+    asks_a_number: rf"{HERE}.*data-dependent",
     sets_an_attribute: rf"{HERE}.*sets self\.calls",
     sets_a_tensor: rf"{HERE}.*sets self\.last",
     collects: r"changes self\.seen",
@@ -83,13 +89,14 @@ REFUSED: dict[Forward, str] = {
 
 
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
-def test_what_a_graph_cannot_hold_is_refused(forward: Forward) -> None:
+def test_what_a_graph_cannot_hold_is_refused(forward: Forward, capfd: pytest.CaptureFixture[str]) -> None:
     model = usual(forward)
     model.seen = []
     before, state, drawn = fingerprint(model), torch.get_rng_state(), random.getstate()
     with pytest.raises(CaptureError, match=REFUSED[forward]):
         fxfuse.optimize(model, EXAMPLES, capture="export")
     assert_untouched(model, before)
+    assert capfd.readouterr() == ("", "")
     assert model.seen == [] and random.getstate() == drawn and torch.equal(torch.get_rng_state(), state)
 
 

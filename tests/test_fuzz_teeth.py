@@ -7,13 +7,13 @@ from fuzz_check import NoModel, check
 from mutants import MUTANTS
 from random_models import seeded
 
-EXAMPLES = 400
+FIRST, EXAMPLES = 1000, 300
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mistake_is_found(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[mutant](monkeypatch)
-    for seed in range(EXAMPLES):
+    for seed in range(FIRST, FIRST + EXAMPLES):
         try:
             check(seeded(seed))
         except NoModel:
