@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import assert_untouched, count, fingerprint, randomize, relative_error
@@ -252,3 +253,47 @@ def test_pools_stay_where_the_pattern_is_left_out_or_the_cost_counts_layers() ->
     assert fxfuse.report(fxfuse.optimize(model, patterns="-avg_pool")).by_pattern == {"conv_bn": 1}
     (merged,) = fxfuse.report(fxfuse.optimize(model, cost="nodes")).fired
     assert merged.after == "conv2d 4->6 k2x2 s2"
+
+
+class Same(nn.Module):
+    """Padding from the size of a weight, as TensorFlow's "SAME" convolutions have it in timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)
+        self.other = nn.Parameter(torch.randn(24, 1))
+        self.last = nn.Conv2d(6, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.conv.weight.shape[-2:]
+        height, width = (max((-(-x.shape[i + 2] // 2) - 1) * 2 + kernel[i] - x.shape[i + 2], 0) for i in (0, 1))
+        x = F.pad(x, (0, width, 0, height))
+        x = self.norm(F.conv2d(x, self.conv.weight, self.conv.bias, 2)).relu()
+        # this one stays, and still needs to know the size of a weight that goes
+        return F.conv2d(
+            x, self.last.weight * 1.5, self.other.reshape(self.conv.weight.shape[1], -1).sum(1)[:1].repeat(5)
+        )
+
+
+def test_a_weight_asked_for_its_size_alone_is_not_kept() -> None:
+    model = randomize(timm.create_model("tf_efficientnet_lite0", pretrained=False))
+    fused = fxfuse.optimize(model)
+    before = sum(p.numel() for p in model.parameters())
+    norms = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert sum(p.numel() for p in fused.parameters()) == fxfuse.report(fused).after.params <= before - norms
+    assert {n for n, _ in fused.named_parameters()} <= {n for n, _ in model.named_parameters()} | {
+        f"{f.path}.bias" for f in fxfuse.report(fused).fired
+    }
+    x = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_a_size_that_another_weight_needs_is_still_known() -> None:
+    model = randomize(Same())
+    fused = fxfuse.optimize(model)
+    for shape in ((2, 4, 7, 9), (1, 4, 8, 6)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative_error(fused(x), model(x)) < 1e-5
+    assert count(fused, x)["bn"] == 0
