@@ -102,11 +102,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-_SETTERS: dict[Any, str] = {
-    getattr(Tensor, name).__set__: name for name in ("data", "grad", "requires_grad", "real", "imag")
-}
-
-
 class _PlainSizes(TorchFunctionMode):
     """Gives up on what torch.export would not note, assignments to `.data`, and on sizes that grow out of hand.
 
@@ -115,8 +110,8 @@ class _PlainSizes(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _SETTERS:
-            raise CaptureError(f"the forward assigns to .{_SETTERS[func]} of a tensor, which a graph cannot hold")
+        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise CaptureError("the forward assigns to .data of a tensor, which a graph cannot hold")
         result = func(*args, **(kwargs or {}))
         sizes: tuple[Any, ...] = tuple(result.shape) if isinstance(result, Tensor) else ()
         for size in sizes:

@@ -137,7 +137,7 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.block["norm"](self.block["one"](self.stem(x))))
-        return self.head((F.gelu(self.twice(x)) * self.scale + self.offset).mean((2, 3)))
+        return self.head((F.gelu(self.twice(x)) * self.scale + self.offset).tanh().mean((2, 3)))
 
 
 def test_names_state_and_provenance() -> None:
