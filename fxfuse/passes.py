@@ -22,6 +22,7 @@ from .report import Fired, Totals
 from .rewrite import Rewriter, drop_identities
 from .shapes import propagate
 from .sites import Plan
+from .swap import swap
 from .view import View, look
 
 
@@ -34,6 +35,7 @@ class Pass:
     plan: Plan
     before: Totals
     params: int
+    swapped: tuple[Fired, ...] = ()
 
     @staticmethod
     def of(part: Part, inputs: tuple[Any, ...] | None, selection: Selection, price: CostFunction) -> Pass:
@@ -44,7 +46,11 @@ class Pass:
         drop_identities(captured)
         view = look(captured, propagate(captured, inputs))
         before = Totals(before.nodes, before.params, describe.macs(view), before.ops)
-        return Pass(part, view, Planner(view, selection, price).run(), before, params)
+        swapped = list[Fired]()
+        while found := swap(view, selection, price):
+            swapped += found
+            view = look(captured, propagate(captured, inputs))
+        return Pass(part, view, Planner(view, selection, price).run(), before, params, tuple(swapped))
 
 
 @dataclass
@@ -63,7 +69,7 @@ class Outcome:
         """Rewrite one graph; its module, where anything was fused, is what copies of the model will hold."""
         part, rewriter = done.part, Rewriter(done.view, dry_run)
         plan, recipes = rewriter.apply(done.plan)
-        fired = describe.fired(plan, done.view, rewriter.names)
+        fired = (*done.swapped, *describe.fired(plan, done.view, rewriter.names))
         self.fired += [replace(f, path=_join(part.path, f.path)) for f in fired]
         self.refused += [r if not part.path else replace(r, where=_join(part.path, r.where)) for r in plan.refusals]
         macs = None if done.before.macs is None else done.before.macs - sum(f.saved for f in fired)

@@ -21,6 +21,7 @@ from .capture import HOOKS, Captured
 from .constants import Attr, model_values
 from .effects import rank_check, shape_reader
 from .kinds import is_number
+from .literals import write_numbers
 from .materialize import Stored, blank, layer, sources, tensors
 from .names import is_aten
 from .rank_checks import RankChecks
@@ -91,6 +92,8 @@ class Rewriter:
             if not isinstance(numbers, Refusal):
                 weight, bias = numbers
                 self.built[op] = layer(op, weight, bias, any(self._requires_grad(a) for a in sources(op)))
+        if done:
+            self.condemned |= write_numbers(self.view.constants)
         self._release(done)
         for site in done:
             self._emit(self._current(site.source), site.segments)
@@ -112,7 +115,7 @@ class Rewriter:
 
     def _release(self, sites: Iterable[Site]) -> None:
         """Free the names of modules and attributes that only the fused sites use."""
-        fused = {n for s in sites for n in s.nodes()}
+        fused = {n for s in sites for n in s.nodes()} | self.condemned
         for node in reversed(self.graph.nodes):  # with what only they read of the weights
             if node in self.view.constants and node.users and fused.issuperset(node.users):
                 fused.add(node)

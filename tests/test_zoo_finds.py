@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from helpers import assert_untouched, count, fingerprint, randomize
+from helpers import assert_untouched, count, fingerprint, randomize, relative_error
 from torch import Tensor, nn
 
 import fxfuse
+from benchmarks.executed import Executed
 
 
 class Asks(nn.Module):
@@ -170,3 +174,126 @@ def test_parts_of_a_batch_norm_are_computed_anew_from_new_weights() -> None:
     fxfuse.refresh(fused, model)
     with torch.no_grad():
         assert torch.allclose(fused(x), model(x), atol=1e-5)
+
+
+class Transition(nn.Module):
+    """A pointwise convolution before an average pool, as between the blocks of DenseNet."""
+
+    def __init__(self, conv: nn.Module, pool: nn.Module, norm: nn.Module | None = None, twice: bool = False) -> None:
+        super().__init__()
+        self.first, self.conv, self.norm, self.pool = nn.ReLU(), conv, norm or nn.Identity(), pool
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.first(x))
+        z = self.pool(self.norm(y) * 2)
+        return (z, y) if self.twice else z
+
+
+def pointwise(**options: Any) -> nn.Module:
+    return nn.Conv2d(4, 6, 1, **options)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Transition(pointwise(bias=False), nn.AvgPool2d(2)),
+        Transition(pointwise(), nn.AvgPool2d(2, 2), nn.BatchNorm2d(6)),
+        Transition(pointwise(groups=2), nn.AvgPool2d((4, 2), (2, 1))),
+        Transition(nn.Sequential(nn.Conv2d(4, 2, 1), nn.Conv2d(2, 6, 1)), nn.AvgPool2d(2, count_include_pad=False)),
+    ],
+    ids=["densenet", "batch norm between", "overlapping windows, groups", "two convolutions"],
+)
+def test_an_average_pool_goes_before_a_pointwise_convolution(model: Transition) -> None:
+    report = check(model, convs=2 if isinstance(model.conv, nn.Sequential) else 1, norms=0)
+    x = torch.randn(2, 4, 7, 5).double()
+    fused = fxfuse.optimize(model, x)
+    order = [str(n.target).partition(".")[0] for n in fused.graph.nodes if n.op == "call_module"]
+    assert order[:3] == ["first", "pool", "conv"]
+    mode = Executed(fused)
+    with torch.no_grad(), mode:
+        fused(x)
+    assert report.after.macs == mode.macs < (report.before.macs or 0)
+    assert report.after.params <= report.before.params
+    swapped = [f for f in report.fired if f.after.startswith("pool")]
+    assert swapped and all(f.patterns == ("avg_pool",) and f.path.startswith("conv") for f in swapped)
+    assert fxfuse.plan(model, x).after == report.after
+    again = fxfuse.report(fxfuse.optimize(fused, x))
+    assert again.fired == ()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Transition(pointwise(), nn.AvgPool2d(3, 2, 1)),
+        Transition(pointwise(), nn.AvgPool2d(3, 1)),
+        Transition(pointwise(), nn.AvgPool2d(2, ceil_mode=True)),
+        Transition(nn.Conv2d(4, 6, 3, padding=1), nn.AvgPool2d(2)),
+        Transition(nn.Conv2d(4, 6, 1, stride=2), nn.AvgPool2d(2)),
+        Transition(pointwise(), nn.AvgPool2d(2), twice=True),
+        Transition(pointwise(), nn.MaxPool2d(2)),
+    ],
+    ids=["padding", "stride 1", "ceil_mode", "3x3", "strided", "read twice", "maximum"],
+)
+def test_other_pools_stay_where_they_are(model: Transition) -> None:
+    randomize(model)
+    x = torch.randn(2, 4, 7, 5)
+    fused = fxfuse.optimize(model, x)
+    assert tree_map_equal(fused(x), model(x))
+    order = [str(n.target) for n in fused.graph.nodes if n.op == "call_module"]
+    assert order.index("conv") < order.index("pool") if "pool" in order else order[-1] == "conv"
+
+
+def tree_map_equal(a: Any, b: Any) -> bool:
+    return relative_error(a, b) < 1e-6
+
+
+def test_pools_stay_where_the_pattern_is_left_out_or_the_cost_counts_layers() -> None:
+    model = Transition(pointwise(), nn.AvgPool2d(2)).eval()
+    assert fxfuse.report(fxfuse.optimize(model, patterns="-avg_pool")).by_pattern == {"conv_bn": 1}
+    (merged,) = fxfuse.report(fxfuse.optimize(model, cost="nodes")).fired
+    assert merged.after == "conv2d 4->6 k2x2 s2"
+
+
+class Same(nn.Module):
+    """Padding from the size of a weight, as TensorFlow's "SAME" convolutions have it in timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)
+        self.other = nn.Parameter(torch.randn(24, 1))
+        self.last = nn.Conv2d(6, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.conv.weight.shape[-2:]
+        height, width = (max((-(-x.shape[i + 2] // 2) - 1) * 2 + kernel[i] - x.shape[i + 2], 0) for i in (0, 1))
+        x = F.pad(x, (0, width, 0, height))
+        x = self.norm(F.conv2d(x, self.conv.weight, self.conv.bias, 2)).relu()
+        # this one stays, and still needs to know the size of a weight that goes
+        return F.conv2d(
+            x, self.last.weight * 1.5, self.other.reshape(self.conv.weight.shape[1], -1).sum(1)[:1].repeat(5)
+        )
+
+
+def test_a_weight_asked_for_its_size_alone_is_not_kept() -> None:
+    model = randomize(timm.create_model("tf_efficientnet_lite0", pretrained=False))
+    fused = fxfuse.optimize(model)
+    before = sum(p.numel() for p in model.parameters())
+    norms = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert sum(p.numel() for p in fused.parameters()) == fxfuse.report(fused).after.params <= before - norms
+    assert {n for n, _ in fused.named_parameters()} <= {n for n, _ in model.named_parameters()} | {
+        f"{f.path}.bias" for f in fxfuse.report(fused).fired
+    }
+    x = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_a_size_that_another_weight_needs_is_still_known() -> None:
+    model = randomize(Same())
+    fused = fxfuse.optimize(model)
+    for shape in ((2, 4, 7, 9), (1, 4, 8, 6)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative_error(fused(x), model(x)) < 1e-5
+    assert count(fused, x)["bn"] == 0

@@ -1,0 +1,84 @@
+"""1x1 conv -> avg_pool  =>  avg_pool -> 1x1 conv      the pool first, as it leaves fewer positions to convolve
+
+Exact: a pool without padding is the same weighted mean on every channel, its weights sum to one, and a pointwise
+convolution with its bias is the same affine map at every position (W mean(x) + b = mean(W x + b)); so is a batch
+norm between the two. The transitions of DenseNet do a quarter of the work so.
+
+The captured graph is changed, before the plan that counts: the planner only decides what becomes one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+from torch.fx import Node
+
+from .arguments import Affine
+from .cost import CostFunction
+from .pattern import Selection
+from .record import Operator
+from .refusal import Refusal
+from .report import Fired
+from .view import View
+
+
+def swap(view: View, patterns: Selection, price: CostFunction) -> tuple[Fired, ...]:
+    """Move average pools before the pointwise convolutions they follow; one entry for each."""
+    found = []
+    for pool, affine in list(view.affine.items()):
+        if affine.op.kind == "pool" and not affine.op.pads and math.prod(affine.op.stride) > 1:
+            nodes = _before(view, pool, affine.op)
+            if nodes and _allowed(view.affine[nodes[-1]], affine.op, patterns, price):
+                found.append(_swapped(view, pool, nodes))
+                _rewire(view, pool, nodes)
+    return tuple(found)
+
+
+def _before(view: View, pool: Node, op: Operator) -> list[Node]:
+    """The nodes before `pool` up to a convolution, last first, if nobody else reads any; else none."""
+    nodes, reader, source = list[Node](), pool, view.affine[pool].inputs[0][0]
+    while True:
+        affine = view.affine.get(source)
+        if affine is None or affine.kind != "unary" or affine.op.spatial not in (None, op.spatial):
+            return []
+        if view.readers(source) != [reader] or source in view.sized or source in view.effects.writes:
+            return []
+        nodes.append(source)
+        if affine.op.weighted:
+            return nodes
+        if affine.op.kind not in ("scale", "identity"):
+            return []
+        reader, source = source, affine.inputs[0][0]
+
+
+def _allowed(layer: Affine, pool: Operator, patterns: Selection, price: CostFunction) -> bool:
+    if not layer.op.pointwise or isinstance(patterns.combine("chain", layer.op, pool), Refusal):
+        return False
+    return price(layer.op, pool.pixels) < price(layer.op, Fraction(1))
+
+
+def _swapped(view: View, pool: Node, nodes: list[Node]) -> Fired:
+    conv, op, shapes = view.affine[nodes[-1]].op, view.affine[pool].op, view.shapes
+    positions = [shapes[n].numel() // conv.out_channels for n in (nodes[-1], pool) if n in shapes]
+    macs = [p * conv.macs for p in positions] if len(positions) == 2 else [None, None]
+    width = conv.in_channels
+    first = replace(op, in_channels=width, out_channels=width, groups=width)
+    return Fired(
+        path=conv.path,
+        patterns=("avg_pool",),
+        before=(conv.describe(), op.describe()),
+        after=f"{first.describe()}, {conv.describe()}",
+        macs_before=macs[0],
+        macs_after=macs[1],
+    )
+
+
+def _rewire(view: View, pool: Node, nodes: list[Node]) -> None:
+    last, conv = nodes[0], nodes[-1]
+    source = view.affine[conv].inputs[0][0]
+    pool.replace_all_uses_with(last)
+    conv.prepend(pool)
+    pool.replace_input_with(last, source)
+    conv.replace_input_with(source, pool)
