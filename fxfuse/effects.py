@@ -112,9 +112,9 @@ class Effects:
         """A node that writes `value`, or a view of it, and reads the same memory by another name."""
         root = self.classes[value]
         for writer, targets in self.writes.items():
-            if any(self.classes[t] == root for t in targets):
-                if sum(self.classes[n] == root for n in writer.all_input_nodes) > 1:
-                    return writer
+            readings = sum(self.classes[n] == root for n in writer.all_input_nodes)
+            if readings > 1 and any(self.classes[t] == root for t in targets):
+                return writer
         return None
 
     def written_between(self, value: Node, start: int, stop: int, inside: Iterable[Node]) -> Node | None:
