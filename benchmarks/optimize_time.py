@@ -99,7 +99,7 @@ def trace(model: nn.Module) -> Callable[[], GraphModule]:
 def captured(name: str) -> tuple[str, nn.Module, torch.Tensor | None]:
     """The way of capture, the model, and an example for torch.export."""
     way, _, rest = name.rpartition(":")
-    return way or "symbolic", build(rest), torch.randn(2, 3, 224, 224) if way == "export" else None
+    return way, build(rest), torch.randn(2, 3, 224, 224) if way == "export" else None
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -115,7 +115,7 @@ def measure_time(name: str, rounds: int) -> dict[str, float]:
     way, model, inputs = captured(name)
     capture = baseline(model, way, inputs)
     nodes = sum(len(g.graph.nodes) for g in capture())
-    optimize = partial(fxfuse.optimize, model, inputs, capture=way)
+    optimize = partial(fxfuse.optimize, model, inputs, capture=way or None)
     optimize()
     traced, optimized = [], []
     for number in tqdm(range(rounds), name, leave=False, disable=not sys.stderr.isatty()):
@@ -140,7 +140,7 @@ def measure_memory(name: str) -> dict[str, float]:
     """Runs in a process of its own: the high-water mark cannot be taken back everywhere."""
     way, model, inputs = captured(name)
     small = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
-    fxfuse.optimize(small, inputs, capture=way)
+    fxfuse.optimize(small, inputs, capture=way or None)
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     gc.collect()
     try:  # on Linux the mark can be set back to what is resident now, and belongs to this process alone
@@ -149,7 +149,7 @@ def measure_memory(name: str) -> dict[str, float]:
     except OSError:
         mark = _max_resident
     before = mark()
-    fused = fxfuse.optimize(model, inputs, capture=way)
+    fused = fxfuse.optimize(model, inputs, capture=way or None)
     growth = mark() - before
     del fused
     return {"weights": weights, "growth": growth / weights, "peak": growth / weights + 1}
