@@ -43,7 +43,7 @@ def _scaled(
     """x * factor + alpha * shift, one of the two a number and the other a number or a tensor."""
     factor, shift = numbers
     constant = factor if isinstance(factor, (Attr, Apply)) else shift
-    consts = (("factor", factor), ("inverse", inverse), ("shift", shift), ("alpha", alpha))
+    consts: tuple[tuple[str, Any], ...] = (("factor", factor), ("inverse", inverse), ("shift", shift), ("alpha", alpha))
     fact = facts[source]
     if fact.dtype is None or not (fact.dtype.is_floating_point or fact.dtype.is_complex):
         raise Unknown  # an integer would be promoted
