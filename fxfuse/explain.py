@@ -9,6 +9,7 @@ from torch.fx import Node
 from .arguments import Affine
 from .passage import passes
 from .pattern import Selection
+from .record import Operator
 from .refusal import Refusal
 from .view import View
 
@@ -79,7 +80,9 @@ def _below(view: View, patterns: Selection, node: Node, affine: Affine) -> str:
     for reader in readers[:NAMED]:
         after = view.affine.get(reader)
         both = patterns.combine("chain", affine.op, after.op) if after is not None and after.op.weighted else None
-        told.append(f"{_place(reader)} ({both.reason})" if isinstance(both, Refusal) else _place(reader))
+        dear = "exact with a frame, but it would cost more" if isinstance(both, Operator) and both.framed else ""
+        why = both.reason if isinstance(both, Refusal) else dear
+        told.append(f"{_place(reader)} ({why})" if why else _place(reader))
     more = [f"{len(readers) - NAMED} more"] if len(readers) > NAMED else []
     return f"read by {', '.join(told + more)}" if told else "read by nobody"
 

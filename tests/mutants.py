@@ -66,7 +66,8 @@ def no_hooks(patch: Patch) -> None:
 
 
 def no_border(patch: Patch) -> None:
-    patch.setattr(fxfuse.algebra, "_border", lambda f, g: None)
+    patch.setattr(fxfuse.border, "refuse", lambda f, g: None)
+    patch.setattr(fxfuse.algebra, "needs_frame", lambda f, g: False)
 
 
 def transposed_axis(patch: Patch) -> None:
