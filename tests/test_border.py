@@ -59,7 +59,7 @@ def one(**fields: Any) -> nn.Module:
 
 LAWS: dict[str, Build] = {
     "shift": lambda: seq(Affine(1, 3, 2), C2(4, 5, 3, padding=1)),
-    "shift a channel": lambda: seq(Affine(2, torch.tensor([2.0, -1.0, 4.0, 0.0]), 2), C2(4, 5, 3, padding=1)),
+    "shift a channel": lambda: seq(BN2(4), Affine(2, torch.tensor([2.0, -1.0, 4.0, 0.0]), 2), C2(4, 5, 3, padding=1)),
     "several before": lambda: seq(BN2(4), one(), Affine(2, 3, 2), C2(6, 5, 3, padding=1), BN2(5)),
     "uneven sides": lambda: seq(one(), pad(1, 2, 0, 3), C2(6, 5, 3)),
     "one side": lambda: seq(one(), pad(0, 0, 0, 1), C2(6, 5, 2)),
