@@ -35,7 +35,7 @@ def compose(f: Operator, g: Operator) -> Result:
         return replace(g, dtype=g.dtype or f.dtype)
     if g.kind == "identity":
         return replace(f, dtype=f.dtype or g.dtype)
-    return _missed(f, g) or _transposed_chain(f, g) or border.refuse(f, g) or product(f, g)
+    return _transposed_chain(f, g) or border.refuse(f, g) or product(f, g)
 
 
 def framed(f: Operator, g: Operator) -> Result:
@@ -44,30 +44,14 @@ def framed(f: Operator, g: Operator) -> Result:
     The frame holds, for each tap, what the two differ by: W2 * (padded value - b1), summed over the channels.
     """
     f, g = _same_layout(f, g)
-    refusal = _meet(f, g, f.out_channels, g.in_channels) or _missed(f, g) or border.refuse_frame(f, g)
+    refusal = _meet(f, g, f.out_channels, g.in_channels) or border.refuse_frame(f, g)
     return refusal or replace(product(f, g), framed=True, pad_value=0)
 
 
 def needs_frame(f: Operator, g: Operator) -> bool:
     """Whether g(f(x)) is one operator with a frame and none without."""
     f, g = _same_layout(f, g)
-    if f.spatial != g.spatial or not g.pads or _missed(f, g) or border.refuse_frame(f, g):
-        return False
-    return not border.matches(f, g)
-
-
-def _missed(f: Operator, g: Operator) -> Refusal | None:
-    if g.weighted and not f.weighted and _widens(f):
-        return Refusal(
-            "a constant may broadcast the channels, which the layer after it would then miss",
-            remedy="let the constant follow a layer that fixes their number",
-        )
-    return None
-
-
-def _widens(f: Operator) -> bool:
-    """Whether `f` has a factor of more channels than the input of another size may have."""
-    return ("widens", True) in f.consts or any(map(_widens, f.operands))
+    return f.spatial == g.spatial and g.pads and border.refuse_frame(f, g) is None and not border.matches(f, g)
 
 
 def product(f: Operator, g: Operator) -> Operator:

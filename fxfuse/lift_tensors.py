@@ -79,11 +79,9 @@ def _scaled(
         return Refusal("a constant may broadcast the channels of the tensor it meets", remedy=PASS_EXAMPLES)
     if met not in (None, width):
         return Refusal("the channel counts differ and broadcast", detail=f"{met} and {width}")
-    if fact.channels(-wide[0] - 1) is None:  # only the examples say so: other inputs may have one channel
-        consts = (*consts, ("widens", True))
-    fields["consts"] = consts
+    certain = fact.channels(-wide[0] - 1) is not None  # else other inputs may have one channel, and become wider
     op = pointwise("scale", "scale", -wide[0] - 1, width, path=path, dtype=dtype, **fields)
-    return Affine("unary", ((source, 1.0),), op, assumes=assumes)
+    return Affine("unary", ((source, 1.0),), op, assumes=assumes, width=None if certain else width)
 
 
 def _neg(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:
