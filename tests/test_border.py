@@ -192,6 +192,17 @@ def test_a_value_that_is_read_elsewhere_stays() -> None:
         assert torch.equal(fused(x), other(x)) and not fxfuse.report(fused).fired
 
 
+def test_a_batch_norm_that_several_padded_layers_read_joins_each() -> None:
+    forward = lambda s, x: (lambda y: s.c(y).relu() + s.d(y).relu())(s.n(x))  # noqa: E731
+    layers = {"n": BN2(4), "c": C2(4, 5, 3, padding=1), "d": C2(4, 5, 3, padding=1, padding_mode="circular")}
+    model = randomize(model_of(forward, **layers).double(), integer=True)
+    fused = fxfuse.optimize(model, inputs(4, 2)[0], patterns=EVERY)
+    assert all(torch.equal(fused(x), model(x)) for x in inputs(4, 2))
+    assert (count(fused, inputs(4, 2)[0])["conv"], count(fused, inputs(4, 2)[0])["bn"]) == (3, 0)
+    kept = fxfuse.optimize(model, inputs(4, 2)[0])  # all of them or none
+    assert count(kept, inputs(4, 2)[0])["bn"] == 1
+
+
 @st.composite
 def framed_models(draw: Any) -> tuple[nn.Module, tuple[int, int]]:
     """Branches of pointwise layers, a padded convolution or pool, and what can follow; summed or concatenated."""
