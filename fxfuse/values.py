@@ -158,13 +158,15 @@ def _frame(op: Operator, f: Operator, g: Operator, parts: list[Numbers], source:
     """
     one, two = parts
     weight = double(_taps(op, two.weight()))
+    lacks = weight.new_zeros(f.out_channels, math.prod(f.kernel))
     if one.frame is not None:
         lacks = one.frame.flatten(1)
-    else:
-        lacks = weight.new_zeros(f.out_channels, math.prod(f.kernel))
-        if g.pads:
-            lacks[:, 0] = _padded_value(g, weight, source) - (0 if one.bias is None else one.bias)
-    wide = torch.einsum("gnmj,gmi->gnji", _split(weight, g.groups), _split(lacks, g.groups)).flatten(0, 1)
+    elif g.pads:
+        first = _padded_value(g, weight, source) - (0 if one.bias is None else one.bias)
+        lacks = torch.cat([first.expand(f.out_channels)[:, None], lacks[:, 1:]], 1)
+    both = torch.promote_types(weight.dtype, lacks.dtype)  # a padding is real where layers are complex
+    weight, lacks = _split(weight.to(both), g.groups), _split(lacks.to(both), g.groups)
+    wide = torch.einsum("gnmj,gmi->gnji", weight, lacks).flatten(0, 1)
     if two.frame is not None:
         wide[:, :, 0] += two.frame.flatten(1)
     return _placed(op, f, g, wide[..., None])

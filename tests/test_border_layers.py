@@ -121,6 +121,16 @@ def test_without_a_batch_and_in_other_forms() -> None:
     assert meta(x.float().to("meta")).shape == model(x).shape
 
 
+def test_complex_layers() -> None:
+    layers = (nn.Conv2d(4, 6, 1), nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(6, 5, 3), nn.Conv2d(5, 3, 1))
+    model = randomize(nn.Sequential(*layers).to(torch.complex128))
+    fused = fxfuse.optimize(model, patterns=EVERY)
+    for x in inputs(4, 2):
+        x = torch.complex(x, x.flip(1))
+        assert relative_error(fused(x), model(x)) < 1e-14
+    assert sum(isinstance(m, FramedConv2d) for m in fused.modules()) == 1
+
+
 def test_nothing_is_kept_from_call_to_call() -> None:
     model, fused, tensors = pair()
     state = fingerprint(fused)
