@@ -31,6 +31,10 @@ def compose(f: Operator, g: Operator) -> Result:
     f, g = _same_layout(f, g)
     if refusal := _meet(f, g, f.out_channels, g.in_channels):
         return refusal
+    if f.kind != "identity" and g.kind == "warp":
+        return Refusal("a deformable convolution reads between positions, so what is before it stays there")
+    if f.kind == "warp" and g.kind not in ("scale", "identity"):
+        return Refusal("only factors and shifts a channel can follow a deformable convolution into its weight")
     if f.kind == "identity":
         return replace(g, dtype=g.dtype or f.dtype)
     if g.kind == "identity":
@@ -51,7 +55,9 @@ def framed(f: Operator, g: Operator) -> Result:
 def needs_frame(f: Operator, g: Operator) -> bool:
     """Whether g(f(x)) is one operator with a frame and none without."""
     f, g = _same_layout(f, g)
-    return f.spatial == g.spatial and g.pads and border.refuse_frame(f, g) is None and not border.matches(f, g)
+    if f.kind == "identity" or f.spatial != g.spatial or not g.pads or border.refuse_frame(f, g):
+        return False
+    return not border.matches(f, g)
 
 
 def product(f: Operator, g: Operator) -> Operator:
@@ -148,7 +154,7 @@ def _made_of(law: str, *operands: Operator) -> dict[str, Any]:
         "law": law,
         "operands": operands,
         "consts": (),
-        "kind": next((k for k in ("conv", "pool", "pad", "scale", "select") if k in kinds), plain),
+        "kind": next((k for k in ("warp", "conv", "pool", "pad", "scale", "select") if k in kinds), plain),
         "dtype": next((o.dtype for o in operands if o.dtype), None),
         "path": heaviest.path,
         "transposed": any(o.transposed for o in operands),
@@ -249,6 +255,8 @@ def _permuted(op: Operator) -> Operator:
 
 def _branches(ops: Sequence[Operator]) -> Refusal | None:
     first = ops[0]
+    if any(o.kind == "warp" for o in ops):
+        return Refusal("a deformable convolution reads between positions, where no other kernel does")
     for other in ops[1:]:
         if refusal := _meet(first, other, first.in_channels, other.in_channels):
             return refusal

@@ -15,16 +15,17 @@ from torch.fx import GraphModule
 
 from . import describe
 from .cost import cost_name, resolve
-from .dynamo import exposed_state, frozen_state, inside_regions, number_positions, traced
+from .dynamo import Traced, exposed_state, frozen_state, inside_regions, number_positions, traced
 from .entry import Entry, How, Planned, Variants, attribute, untouched
 from .functional import functional
 from .inner import mode_options
 from .materialize import PARAMETERS
 from .pattern import select
 from .plan import Planner
+from .prepare import prepare
 from .report import Report
 from .rewrite import Rewriter
-from .view import look
+from .view import View, look
 from .weight_sets import CHECKS, watch_optimizers
 
 logger = logging.getLogger("fxfuse")
@@ -138,14 +139,13 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     before = describe.totals(take.captured.graph, take.captured.modules, _numbers(inputs, take.state), None)
     held = {str(n.target) for n in take.captured.graph.nodes if n.op in ("get_attr", "call_module")}
     held -= set(take.state.values())
-    view = look(take.captured, take.shapes)
-    for node in inside_regions(take.captured.graph):
-        view.affine.pop(node, None)
+    view = _look(take)
     before = replace(before, macs=describe.macs(view))
+    view, prepared = prepare(view, lambda: _look(take), selection, price)
     plan = Planner(view, selection, price).run()
     rewriter = Rewriter(view, dry_run=True)
     done, _ = rewriter.apply(plan)
-    fired = describe.fired(done, view, rewriter.names)
+    fired = (*prepared, *describe.fired(done, view, rewriter.names))
     macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
     after = describe.totals(rewriter.graph, rewriter.modules(), rewriter.params(), macs)
     report = Report(
@@ -166,6 +166,14 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     folded = {path: (names[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
     constants = {path: attribute(take.captured.root, path) for path in held}
     return Planned(rewriter.graph, take.state, folded, constants, report)
+
+
+def _look(take: Traced) -> View:
+    """What fxfuse may change of a graph: nothing where gradients or autocast are switched."""
+    view = look(take.captured, take.shapes)
+    for node in inside_regions(take.captured.graph):
+        view.affine.pop(node, None)
+    return view
 
 
 def _tell(text: str) -> None:

@@ -41,8 +41,8 @@ def refuse(f: Operator, g: Operator) -> Refusal | None:
 
 def refuse_frame(f: Operator, g: Operator) -> Refusal | None:
     """What keeps g(f(x)) from being one operator with a frame."""
-    if f.transposed or g.transposed:
-        return Refusal("a transposed convolution has no frame")
+    if f.transposed or g.transposed or "warp" in (f.kind, g.kind):
+        return Refusal("a transposed or deformable convolution has no frame")
     if g.padding_mode != "zeros":
         return Refusal(f"{g.padding_mode} padding repeats what is inside: a frame is about constants")
     if f.pads:

@@ -224,7 +224,8 @@ class Rewriter:
         self.ranks.of_layer(source, fuse)
         asked = answers(fuse.parts, self.view.sized) or {}
         later = [u for n, by_input in asked.items() if not by_input for u in self.view.sized[n]]
-        before = min((before, *later), key=self.view.effects.position.__getitem__)
+        beside = self._beside(nodes) if op.kind == "warp" else None
+        before = min((before, *later, *(beside[:1] if beside else ())), key=self.view.effects.position.__getitem__)
         spatial = op.spatial or 0
         with self.graph.inserting_before(before):
             x = source
@@ -235,7 +236,10 @@ class Rewriter:
                 mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
                 value: Any = op.pad_value if mode == "constant" else None
                 x = self.graph.call_function(F.pad, (x, amounts, mode, value))
-            x = self.graph.call_module(name, (x,))
+            x = self.graph.call_module(name, (x, *(beside[1:] if beside else ())))
+            if op.transposed and spatial == 1 and any(self._is_norm(n) for n in nodes):
+                # Of a sequence of length 1 it gives a tensor in another order, which the batch norm would mend.
+                x = self.graph.call_method("contiguous", (x,))
         self.emitted[x] = (fuse, source)
         for node, by_input in asked.items():
             for user in self.view.sized[node]:
@@ -245,6 +249,16 @@ class Rewriter:
         x.meta = {k: heaviest.meta[k] for k in ("nn_module_stack", "stack_trace") if k in heaviest.meta}
         x.meta["fxfuse"] = tuple(dict.fromkeys(n.name for n in nodes))
         return x
+
+    def _is_norm(self, node: Node) -> bool:
+        call = self.view.calls.get(node)
+        return call is not None and call.op == "batch_norm"
+
+    def _beside(self, nodes: list[Node]) -> list[Node]:
+        """A deformable convolution, and what it reads beside its input: offsets, and a mask if it has one."""
+        node = next(n for n in nodes if (c := self.view.calls.get(n)) is not None and c.op == "deform")
+        read = (self.view.calls[node].args[n] for n in ("offset", "mask"))
+        return [node, *(self._current(n) for n in read if n is not None)]
 
     def _keep_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:
         """If a factor has moved past a carry, check the rank of what it reads, which may lie in any order now."""

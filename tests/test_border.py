@@ -21,6 +21,8 @@ from test_properties import few
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse import algebra
+from fxfuse.record import Operator, pointwise
 
 FRAMED = {"conv": 2, "add": 1}  # the convolution, that of the frame, and their sum
 PADDED = [n for n, fields in GEOMETRIES.items() if fields.get("padding", "valid") != "valid"]
@@ -179,6 +181,18 @@ def test_what_has_no_frame_is_refused(name: str) -> None:
     _, fused = optimized(build, inputs(4, 2), EVERY)
     reasons = [r.reason for r in fxfuse.report(fused).refused]
     assert any(reason in r for r in reasons), reasons
+
+
+def test_an_identity_before_a_padding_needs_no_frame() -> None:
+    check(lambda: seq(nn.Dropout(), nn.ConstantPad2d(1, 2.0), C2(4, 5, 3)), inputs(4, 2), ONE)
+
+
+def test_before_a_deformable_convolution_there_is_no_frame() -> None:
+    """Its taps read between positions, in bounds and out."""
+    norm = pointwise("scale", "batch_norm", 2, 4, bias=True)
+    warp = Operator("warp", "conv", 2, 4, 5, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    assert not algebra.needs_frame(norm, warp)
+    assert isinstance(algebra.framed(norm, warp), fxfuse.Refusal)
 
 
 def test_a_value_that_is_read_elsewhere_stays() -> None:
