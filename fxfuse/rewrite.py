@@ -90,8 +90,7 @@ class Rewriter:
         done = _whole_trees(done, plan.sites)
         for op, numbers in stored.items():
             if not isinstance(numbers, Refusal):
-                weight, bias = numbers
-                self.built[op] = layer(op, weight, bias, any(self._requires_grad(a) for a in sources(op)))
+                self.built[op] = layer(op, numbers, any(self._requires_grad(a) for a in sources(op)))
         if done:
             self.condemned |= write_numbers(self.view.constants)
         self._release(done)
