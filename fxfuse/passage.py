@@ -23,10 +23,14 @@ Axes = frozenset[int]
 
 @dataclass(frozen=True)
 class Division:
-    """Factors in a row after a join, and by the last node of each branch its portion of each of them."""
+    """Factors in a row after a join, and by the last node of each branch its portion of each of them.
+
+    With `before`: factors before a join, and what the layer after it takes of them, to stand in front of that.
+    """
 
     factors: tuple[Node, ...]
     portions: dict[Node, tuple[Operator, ...]]
+    before: bool = False
 
 
 @dataclass(frozen=True)

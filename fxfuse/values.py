@@ -35,6 +35,12 @@ def compute(op: Operator, source: Values) -> Numbers:
         run = slice(*op.const("rows")) if op.const("rows") else slice(None)
         bias = bias[run] if op.bias and bias is not None else None
         return Numbers.of(weight[run].reshape(op.out_channels, 1, *op.kernel), bias)
+    if op.law == "placed":
+        run = slice(op.const("start"), op.const("start") + len(weight))
+        factor, shift = weight.new_ones(op.out_channels, *weight.shape[1:]), weight.new_zeros(op.out_channels)
+        factor[run] = weight
+        shift[run] = 0 if bias is None else bias
+        return Numbers.of(factor, shift if op.bias else None)
     if op.law == "spread":
         each = op.const("each") or 1
         bias = bias.repeat_interleave(each) if op.bias and bias is not None else None
