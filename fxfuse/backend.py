@@ -20,7 +20,7 @@ from .entry import Entry, How, Planned, Variants, attribute, untouched
 from .functional import functional
 from .inner import mode_options
 from .pattern import select
-from .plan import Planner
+from .planning import make_plan
 from .report import Report
 from .rewrite import Rewriter
 from .view import look
@@ -139,7 +139,7 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     for node in inside_regions(take.captured.graph):
         view.affine.pop(node, None)
     before = replace(before, macs=describe.macs(view))
-    plan = Planner(view, selection, price).run()
+    plan = make_plan(view, selection, price)
     rewriter = Rewriter(view, dry_run=True)
     done, _ = rewriter.apply(plan)
     fired = describe.fired(done, view, rewriter.names)

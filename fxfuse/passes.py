@@ -15,7 +15,7 @@ from .copying import copied
 from .cost import CostFunction
 from .hierarchy import Part
 from .pattern import Selection
-from .plan import Planner
+from .planning import make_plan
 from .refresh import Replay
 from .refusal import Refusal
 from .report import Fired, Totals
@@ -50,7 +50,7 @@ class Pass:
         while found := swap(view, selection, price):
             swapped += found
             view = look(captured, propagate(captured, inputs))
-        return Pass(part, view, Planner(view, selection, price).run(), before, params, tuple(swapped))
+        return Pass(part, view, make_plan(view, selection, price), before, params, tuple(swapped))
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Patterns: theorems about two neighbouring operators, and the registry that finds them.
 
 A pattern never sees a graph and never weighs cost. It says for two operators in a relation
-("chain": g after f; "sum" and "concat": two branches of one tensor; "alone": f by itself, given
-twice) whether it is about them (`matches`), what stands in the way (`refuse`), and what they become
+("chain": g after f; "sum" and "concat": two branches of one tensor; "siblings": two layers of one
+tensor that nothing joins; "swap": a layer and a pool in a row, in the other order; "alone": f by
+itself, given twice) whether it is about them (`matches`), what stands in the way (`refuse`), and what they become
 (`rewrite`). The planner composes patterns and decides what pays.
 """
 
@@ -24,6 +25,8 @@ RELATIONS: dict[str, Callable[[Operator, Operator], Operator | Refusal]] = {
     "chain": algebra.compose,
     "sum": lambda f, g: algebra.add((f, g)),
     "concat": lambda f, g: algebra.concat((f, g)),
+    "siblings": algebra.siblings,
+    "swap": algebra.swap,
     "alone": lambda f, g: f,
 }
 
@@ -49,8 +52,10 @@ class Pattern:
     Attributes:
         name: what `patterns=` and the report call it.
         law: one line, left => right.
-        relations: those it is about, out of "chain" (g after f), "sum" and "concat" (two branches), and
-            "alone" (f by itself, given twice: a layer that can be written better).
+        relations: those it is about, out of "chain" (g after f), "sum" and "concat" (two branches), "siblings" (two
+            layers of one tensor that nothing joins), "swap" (a layer and a pool in a row; what `rewrite` returns is
+            the layer on the other side of the pool) and "alone" (f by itself, given twice: a layer that can be
+            written better).
         refused_when: for the documentation, when the law does not hold or does not pay.
         always: fuse even where the cost rises (as `patterns=["name!"]` does for one call).
         examples: models that show it firing and refusing; the tests run them.

@@ -54,7 +54,7 @@ def _before(view: View, pool: Node, op: Operator) -> list[Node]:
 
 
 def _allowed(layer: Affine, pool: Operator, patterns: Selection, price: CostFunction) -> bool:
-    if not layer.op.pointwise or isinstance(patterns.combine("chain", layer.op, pool), Refusal):
+    if not layer.op.pointwise or isinstance(patterns.combine("swap", layer.op, pool), Refusal):
         return False
     return price(layer.op, pool.pixels) < price(layer.op, Fraction(1))
 
@@ -67,7 +67,7 @@ def _swapped(view: View, pool: Node, nodes: list[Node]) -> Fired:
     first = replace(op, in_channels=width, out_channels=width, groups=width)
     return Fired(
         path=conv.path,
-        patterns=("avg_pool",),
+        patterns=("pool_swap",),
         before=(conv.describe(), op.describe()),
         after=f"{first.describe()}, {conv.describe()}",
         macs_before=macs[0],

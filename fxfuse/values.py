@@ -34,6 +34,8 @@ def compute(op: Operator, source: Values) -> Numbers:
         run = slice(*op.const("rows")) if op.const("rows") else slice(None)
         bias = bias[run] if op.bias and bias is not None else None
         return Numbers.of(weight[run].reshape(op.out_channels, 1, *op.kernel), bias)
+    if op.law == "unbiased":
+        return Numbers(parts[0].terms, None, parts[0].shape)
     if op.law == "rows":
         rows = list(op.const("rows"))
         return Numbers.of(weight[rows], None if bias is None else bias[rows])
