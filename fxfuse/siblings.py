@@ -63,7 +63,7 @@ class Gather:
         found = list[Siblings]()
         for members in by_source.values():
             found += self._groups(members) if len(members) > 1 else []
-        used = self._used() if any(s.alone for s in found) else {}
+        used = self._used({n for s in plan.sites for n in s.nodes()}) if any(s.alone for s in found) else {}
         found = [s for s in found if not self._twice(s, found, used)]
         return replace(plan, siblings=tuple(found), refusals=tuple(dict.fromkeys((*plan.refusals, *self.refusals))))
 
@@ -188,11 +188,11 @@ class Gather:
             )
         return None
 
-    def _used(self) -> dict[Attr, list[Node]]:
-        """The layers that use each weight."""
+    def _used(self, fused: set[Node]) -> dict[Attr, list[Node]]:
+        """The layers that use each weight as it is, not in something `fused`."""
         used = dict[Attr, list[Node]]()
         for node, affine in self.view.affine.items():
-            for attr in sources(affine.op) if affine.op.weighted else ():
+            for attr in sources(affine.op) if affine.op.weighted and node not in fused else ():
                 used.setdefault(attr, []).append(node)
         return used
 

@@ -91,8 +91,13 @@ class Wide:
             inputs = self._united(parts, -(affine.spatial or 0) - 1, node)
             if len(inputs) < len(parts):
                 node.args = (inputs, *node.args[1:])
-                if len(inputs) == 1 and inputs[0] not in self.cut and list(inputs[0].users) == [node]:
+                whole = inputs[0] in self.widths and [u for u in inputs[0].users if not self._gone(u)] == [node]
+                if len(inputs) == 1 and whole:
                     self.rewriter.stand_for(node, inputs[0])
+
+    def _gone(self, node: Node) -> bool:
+        """Whether a node will be erased."""
+        return node in self.rewriter.condemned and all(map(self._gone, node.users))
 
     def _united(self, parts: Iterable[Node], axis: int, before: Node) -> list[Node]:
         """Neighbouring slices of one tensor as one."""
