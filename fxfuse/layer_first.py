@@ -48,6 +48,10 @@ class LayerFirst:
                 fuse = segment if isinstance(segment, Fuse) else Fuse(segment.step.op, (segment.step,))
                 found = self._swapped(before.step, fuse)
                 result[-1:] = [before, segment] if found is None else [found]
+                while (
+                    found is not None and len(result) > 1 and (found := self._absorbing(result[-2], found)) is not None
+                ):
+                    result[-2:] = [found]
                 continue
             if isinstance(segment, Rejoin):
                 pieces = tuple(self._segments(p) for p in segment.pieces)
@@ -76,6 +80,15 @@ class LayerFirst:
             return None
         assert isinstance(layer, Operator)
         return Fuse(layer, parts, pool=step.node, shift=op if op.bias and not layer.bias else None)
+
+    def _absorbing(self, before: Segment, fuse: Fuse) -> Fuse | None:
+        """The layer with a factor that the pool stood behind; the bias to come after the pool stays what it is."""
+        if not isinstance(before, Keep) or before.step.node is None or before.step.op.kind != "scale":
+            return None
+        op, parts = self.patterns.combine("chain", before.step.op, fuse.op), (before.step, *fuse.parts)
+        if isinstance(op, Refusal) or self._blocked(parts) or (self.view.sized.keys() & {before.step.node}):
+            return None
+        return replace(fuse, op=op, parts=parts)
 
     def _dear(self, pool: Operator, op: Operator) -> Refusal | None:
         if "pool_swap" in self.patterns.forced:
