@@ -1,11 +1,13 @@
-"""Time of fxfuse.optimize against tracing alone, and its peak memory against the model's weights.
+"""Time of fxfuse.optimize against capturing alone, and its peak memory against the model's weights.
 
-    python benchmarks/optimize_time.py [MODEL ...] [--rounds N] [--threads N] [--no-memory]
+    python benchmarks/optimize_time.py [[WAY:]MODEL ...] [--rounds N] [--threads N] [--no-memory]
 
 Time: both run in one process, interleaved, with a garbage collection between. The baseline is
 torch.fx.symbolic_trace, and for diverse branch blocks, whose item assignments it cannot record, the same with
-fxfuse's tracer. Printed are medians, and quartiles of the ratio per round.
-A ratio must not exceed 4 on the four networks, and on the longest chain not 1.3 times that of the
+fxfuse's tracer. `export:MODEL` optimizes a timm model with capture="export", against torch.export.export with
+open sizes; `hierarchical:MODEL` with capture="hierarchical", against finding and tracing
+the parts that can be graphs. Printed are medians, and quartiles of the ratio per round.
+A ratio must not exceed 4 on the networks, and on the longest chain not 1.3 times that of the
 shortest: neither may grow faster than the graph.
 
 Memory: measured in a fresh process that has optimized something small before, so that all code is loaded.
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,11 @@ sys.path += [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 
 import fxfuse  # noqa: E402
 from fxfuse.capture import FuseTracer  # noqa: E402
+from fxfuse.hierarchy import survey  # noqa: E402
 
 MAX_RATIO, MAX_GROWTH_OF_RATIO, MAX_PEAK = 4.0, 1.3, 2.5
 NETWORKS = ("repvgg_a0", "mobileone_s0", "resnet50", "dbb_resnet18")
+OTHER_WAYS = ("export:repvgg_a0", "export:resnet50", "hierarchical:repvgg_a0", "hierarchical:retinanet_resnet50_fpn")
 CHAINS = ("chain_1k", "chain_3k", "chain_10k", "chain_30k")
 
 
@@ -62,17 +67,39 @@ def build(name: str) -> nn.Module:
     declare_missing_ops()
     import timm
 
-    model: nn.Module = timm.create_model(name, pretrained=False)
+    if timm.is_model(name):
+        model: nn.Module = timm.create_model(name, pretrained=False)
+    else:
+        import torchvision
+
+        model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
     return model.eval()
 
 
-def baseline(model: nn.Module) -> Callable[[nn.Module], GraphModule]:
+def baseline(model: nn.Module, way: str, inputs: Any) -> Callable[[], list[Any]]:
+    """What captures the model the same way without fxfuse; returns graphs."""
+    if way == "export":
+        sizes = dict.fromkeys(range(4), torch.export.Dim.AUTO)
+        return lambda: [torch.export.export(model, (inputs,), dynamic_shapes=(sizes,), strict=False)]
+    if way == "hierarchical":
+        return lambda: [p.captured for p in survey(model, None, way).walk() if p.captured]
+    work = trace(model)
+    return lambda: [work()]
+
+
+def trace(model: nn.Module) -> Callable[[], GraphModule]:
     """torch.fx.symbolic_trace; where it cannot record an item assignment, the same with fxfuse's tracer."""
     try:
         torch.fx.symbolic_trace(model)
     except TypeError:
-        return lambda m: GraphModule(m, FuseTracer().trace(m))
-    return torch.fx.symbolic_trace
+        return lambda: GraphModule(model, FuseTracer().trace(model))
+    return lambda: torch.fx.symbolic_trace(model)
+
+
+def captured(name: str) -> tuple[str, nn.Module, torch.Tensor | None]:
+    """The way of capture, the model, and an example for torch.export."""
+    way, _, rest = name.rpartition(":")
+    return way, build(rest), torch.randn(2, 3, 224, 224) if way == "export" else None
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -85,17 +112,18 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def measure_time(name: str, rounds: int) -> dict[str, float]:
-    model = build(name)
-    trace = baseline(model)
-    nodes = len(trace(model).graph.nodes)
-    fxfuse.optimize(model)
+    way, model, inputs = captured(name)
+    capture = baseline(model, way, inputs)
+    nodes = sum(len(g.graph.nodes) for g in capture())
+    optimize = partial(fxfuse.optimize, model, inputs, capture=way or None)
+    optimize()
     traced, optimized = [], []
     for number in tqdm(range(rounds), name, leave=False, disable=not sys.stderr.isatty()):
         for kind in ("trace", "optimize") if number % 2 == 0 else ("optimize", "trace"):
             if kind == "trace":
-                traced.append(seconds(lambda: trace(model)))
+                traced.append(seconds(capture))
             else:
-                optimized.append(seconds(lambda: fxfuse.optimize(model)))
+                optimized.append(seconds(optimize))
     ratios = [o / t for o, t in zip(optimized, traced, strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
@@ -110,8 +138,9 @@ def measure_time(name: str, rounds: int) -> dict[str, float]:
 
 def measure_memory(name: str) -> dict[str, float]:
     """Runs in a process of its own: the high-water mark cannot be taken back everywhere."""
-    fxfuse.optimize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval())
-    model = build(name)
+    way, model, inputs = captured(name)
+    small = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    fxfuse.optimize(small, inputs, capture=way or None)
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     gc.collect()
     try:  # on Linux the mark can be set back to what is resident now, and belongs to this process alone
@@ -120,7 +149,7 @@ def measure_memory(name: str) -> dict[str, float]:
     except OSError:
         mark = _max_resident
     before = mark()
-    fused = fxfuse.optimize(model)
+    fused = fxfuse.optimize(model, inputs, capture=way or None)
     growth = mark() - before
     del fused
     return {"weights": weights, "growth": growth / weights, "peak": growth / weights + 1}
@@ -145,7 +174,7 @@ def in_own_process(name: str, threads: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time and memory of fxfuse.optimize.")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"any timm model, or of {', '.join(CHAINS)}")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"timm or torchvision, or {', '.join(CHAINS)}")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds for each model, at least 2")
     parser.add_argument("--threads", type=int, help="of torch; 1 is steadier where other work shares the cores")
     parser.add_argument("--no-memory", action="store_true", help="time only")
@@ -157,7 +186,7 @@ def main() -> int:
         print(json.dumps(measure_memory(args.models[0])))
         return 0
     rows, failed, shortest = [], 0, None
-    for name in args.models or (*NETWORKS, *CHAINS):
+    for name in args.models or (*NETWORKS, *OTHER_WAYS, *CHAINS):
         t = measure_time(name, max(2, args.rounds))
         memory = {} if args.no_memory or name in CHAINS else in_own_process(name, torch.get_num_threads())
         problems = []

@@ -34,7 +34,17 @@ def compose(f: Operator, g: Operator) -> Result:
         return replace(g, dtype=g.dtype or f.dtype)
     if g.kind == "identity":
         return replace(f, dtype=f.dtype or g.dtype)
+    if g.weighted and not f.weighted and _widens(f):
+        return Refusal(
+            "a constant may broadcast the channels, which the layer after it would then miss",
+            remedy="let the constant follow a layer that fixes their number",
+        )
     return _transposed_chain(f, g) or _border(f, g) or product(f, g)
+
+
+def _widens(f: Operator) -> bool:
+    """Whether `f` has a factor of more channels than the input of another size may have."""
+    return ("widens", True) in f.consts or any(map(_widens, f.operands))
 
 
 def product(f: Operator, g: Operator) -> Operator:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from . import describe
 from .cost import cost_name, resolve
-from .dynamo import exposed_state, inside_regions, number_positions, traced
+from .dynamo import exposed_state, frozen_state, inside_regions, number_positions, traced
 from .entry import Entry, How, Planned, Variants, attribute, untouched
 from .functional import functional
 from .inner import mode_options
@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "strict": False,
 }
 _entries: weakref.WeakSet[Entry] = weakref.WeakSet()
-_told = False
+_told = set[str]()
 
 
 def fxfuse(gm: GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None) -> Any:
@@ -120,14 +120,16 @@ def _settings(options: Any, mode: str | None) -> dict[str, Any]:
 
 def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Planned | None:
     """The rewritten graph; None where it has to stay what it is."""
-    global _told
     started = time.perf_counter()
     take = traced(gm, inputs)
     if torch.is_grad_enabled() and any(inputs[i].requires_grad for i in take.state):
-        if not _told:
-            _told = True
-            logger.warning("graphs whose weights require gradients are not fused: call the model under torch.no_grad()")
+        _tell("graphs whose weights require gradients are not fused: call the model under torch.no_grad()")
         return None
+    if frozen_state(gm):
+        _tell(
+            "torch._inductor.config.freezing is on: weights that change later are not followed; leave it off, "
+            "as backend fxfuse bakes weights by itself and follows them"
+        )
     selection, price = select(settings["patterns"]), resolve(settings["cost"])
     exposed = exposed_state(take)
     if exposed:
@@ -165,6 +167,13 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     return Planned(rewriter.graph, take.state, folded, constants, report)
 
 
+def _tell(text: str) -> None:
+    """Warn once a process."""
+    if text not in _told:
+        _told.add(text)
+        logger.warning(text)
+
+
 def _numbers(inputs: Sequence[Any], state: dict[int, str]) -> int:
     return sum(inputs[i].numel() for i in state if isinstance(inputs[i], nn.Parameter))
 
@@ -172,5 +181,7 @@ def _numbers(inputs: Sequence[Any], state: dict[int, str]) -> int:
 def reports(compiled_model: Any) -> tuple[Report, ...]:
     """The reports of the graphs that run with weights of a model, compiled or with compiled parts."""
     ids = {id(t) for t in (*compiled_model.parameters(), *compiled_model.buffers())}
-    found = [e for e in _entries if any(not ids.isdisjoint(s.ids) for s in list(e.sets.values()))]
+    found = [
+        e for e in _entries if any(not ids.isdisjoint(i) for i in (e.ids, *(s.ids for s in list(e.sets.values()))))
+    ]
     return tuple(e.planned.report for e in sorted(found, key=lambda e: e.number))

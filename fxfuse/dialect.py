@@ -82,6 +82,7 @@ for _d in (1, 2, 3):
     FUNCTIONS[getattr(F, f"dropout{_d}d")] = FUNCTIONS[F.dropout]
 for _name in ("concat", "concatenate"):
     FUNCTIONS[getattr(torch, _name)] = FUNCTIONS[torch.cat]
+FUNCTIONS[torch._C._nn.pad] = FUNCTIONS[F.pad]  # what torch.compile makes of it
 FUNCTIONS[F.channel_shuffle] = FUNCTIONS[F.native_channel_shuffle] = FUNCTIONS[torch.channel_shuffle]
 FUNCTIONS[torch.neg] = FUNCTIONS[torch.negative] = FUNCTIONS[operator.neg]
 FUNCTIONS[torch.batch_norm] = _sig(

@@ -79,6 +79,13 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
     return Traced(captured, paths, _shapes(v for v in values.values() if isinstance(v, Node)))
 
 
+def frozen_state(gm: GraphModule) -> list[Tensor]:
+    """Parameters and buffers that inductor's global freezing made attributes of Dynamo's graph."""
+    sources = getattr(gm, "_param_name_to_source", None) or {}
+    values = {str(n.target): _attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
+    return [v for n, v in values.items() if isinstance(v, nn.Parameter) or (n in sources and isinstance(v, Tensor))]
+
+
 def number_positions(gm: GraphModule, inputs: Sequence[Any]) -> list[int]:
     """Positions of numbers, such as a batch norm's eps, that Dynamo passes as fresh tensors and asks for their item.
 

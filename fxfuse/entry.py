@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from .constants import Attr
-from .dynamo import statistics
+from .dynamo import frozen_state, statistics
 from .inner import compiled
 from .materialize import tensors
 from .record import Operator
@@ -70,6 +70,7 @@ class Entry:
     def __init__(self, planned: Planned, gm: GraphModule, inputs: Sequence[Any], how: How, live: bool = True) -> None:
         self.planned, self.gm, self.how = planned, gm, how
         self.number = next(_numbers)
+        self.ids = [id(t) for t in frozen_state(gm)]  # of weights that are no arguments
         self.reads: list[int] = []
         self.state = sorted(planned.state)
         self.looked = [self.state.index(i) for i in statistics(gm, training=False) if i in planned.state]
@@ -103,6 +104,10 @@ class Entry:
         if self.written:
             touch(args[i] for i in self.written)
         return result
+
+    def known(self) -> list[list[int]]:
+        """The ids of the weights of every model that it runs."""
+        return [self.ids, *(s.ids for s in list(self.sets.values()))]
 
     def _switch(self, state: list[Tensor], args: Sequence[Any]) -> WeightSet:
         """The set of these weights, brought up to date."""

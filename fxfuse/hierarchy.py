@@ -15,6 +15,7 @@ from torch import nn
 
 from .capture import Captured, capture, stays, unusable
 from .exported import export
+from .names import above
 from .reach import outside, reach
 from .refusal import CaptureError, Refusal
 
@@ -92,11 +93,12 @@ class _Survey:
 
     def graph(self, path: str, module: nn.Module, captured: Captured, descend: bool = True) -> Part:
         """A part with a graph, and the parts of the modules that the graph keeps whole."""
-        targets = [str(n.target) for n in captured.graph.nodes if n.op in ("call_module", "get_attr")]
+        targets = {str(n.target) for n in captured.graph.nodes if n.op in ("call_module", "get_attr")}
+        opened = {name for target in targets for name in above(target)}
         parts = []
         for node in captured.graph.nodes if descend else ():
             name = str(node.target)
-            if node.op != "call_module" or any(t.startswith(name + ".") for t in targets):
+            if node.op != "call_module" or name in opened:
                 continue  # the graph itself reads something in it
             kept, inner = captured.modules[name], _join(path, name)
             if name in captured.whole:

@@ -41,6 +41,11 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
         padding = tuple((t // 2, t - t // 2) for t in total)
     else:
         padding = tuple((p, p) for p in ints(call.args["padding"], spatial))
+    if mode == "circular" and not any(map(any, padding)):
+        return Refusal(
+            "circular padding, even of no width, copies its input, whose order in memory shows in the result",
+            remedy='use padding_mode="zeros", which is the same where nothing is padded',
+        )
     op = Operator(
         kind="conv",
         law="conv",

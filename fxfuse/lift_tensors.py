@@ -43,7 +43,7 @@ def _scaled(
     """x * factor + alpha * shift, one of the two a number and the other a number or a tensor."""
     factor, shift = numbers
     constant = factor if isinstance(factor, (Attr, Apply)) else shift
-    consts = (("factor", factor), ("inverse", inverse), ("shift", shift), ("alpha", alpha))
+    consts: tuple[tuple[str, Any], ...] = (("factor", factor), ("inverse", inverse), ("shift", shift), ("alpha", alpha))
     fact = facts[source]
     if fact.dtype is None or not (fact.dtype.is_floating_point or fact.dtype.is_complex):
         raise Unknown  # an integer would be promoted
@@ -79,6 +79,9 @@ def _scaled(
         return Refusal("a constant may broadcast the channels of the tensor it meets", remedy=PASS_EXAMPLES)
     if met not in (None, width):
         return Refusal("the channel counts differ and broadcast", detail=f"{met} and {width}")
+    if fact.channels(-wide[0] - 1) is None:  # only the examples say so: other inputs may have one channel
+        consts = (*consts, ("widens", True))
+    fields["consts"] = consts
     op = pointwise("scale", "scale", -wide[0] - 1, width, path=path, dtype=dtype, **fields)
     return Affine("unary", ((source, 1.0),), op, assumes=assumes)
 

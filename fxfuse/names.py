@@ -1,4 +1,7 @@
-"""The plain name of what a node calls: `conv2d` for `F.conv2d`, `torch.conv2d` and `aten.conv2d.default` alike."""
+"""Names: of modules above a path, and of what a node calls.
+
+The plain name is `conv2d` for `F.conv2d`, `torch.conv2d` and `aten.conv2d.default` alike.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +37,9 @@ def operator_named(name: str) -> OpOverload:
 def is_aten(node: Node) -> bool:
     """Whether a node calls one overload of an ATen operator."""
     return isinstance(node.target, OpOverload) and node.target.namespace == "aten"
+
+
+def above(path: str) -> list[str]:
+    """The modules that hold what is at `path`: `a` and `a.b` for `a.b.c`."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -23,7 +23,7 @@ from .effects import rank_check, shape_reader
 from .feasible import feasible
 from .kinds import is_number
 from .literals import write_numbers
-from .names import is_aten
+from .names import above, is_aten
 from .rank_checks import RankChecks
 from .record import Operator
 from .regions import Join, Step, part_nodes, steps_of
@@ -74,7 +74,7 @@ class Rewriter:
         self.ranks = RankChecks(self.graph, view, self._current)
         self.emitted: dict[Node, tuple[Fuse, Node]] = {}  # by the call of the new layer, with what it reads
         self.taken: set[str] = set()  # names in use, and everything above them
-        self.above: set[str] = set()
+        self.opened: set[str] = set()
 
     def apply(self, plan: Plan) -> tuple[Plan, tuple[Recipe, ...]]:
         """Emit every site; returns the plan as carried out (sites whose weights failed left out)."""
@@ -100,19 +100,19 @@ class Rewriter:
                 fused.add(node)
         kept = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr") and n not in fused}
         self.taken = kept
-        self.above = {a for name in kept for a in _above(name)}
+        self.opened = {a for name in kept for a in above(name)}
 
     def _name(self, op: Operator) -> str:
         """Path of the layer for `op`: that of the weight it replaces, made unique if still in use."""
         if op not in self.names:
             base = spelled(self.view.captured.root, op.path or "fused")
             name, count = base, 0
-            while name in self.taken or name in self.above or not self.taken.isdisjoint(_above(name)):
+            while name in self.taken or name in self.opened or not self.taken.isdisjoint(above(name)):
                 count += 1
                 name = f"{base}_{count}"
             self.names[op] = name
             self.taken.add(name)
-            self.above.update(_above(name))
+            self.opened.update(above(name))
             built = self.built[op]
             self.layers[name if isinstance(built, nn.Module) else f"{name}.bias"] = built
         return self.names[op]
@@ -323,12 +323,6 @@ class Rewriter:
     def build(self, memo: dict[int, Any]) -> GraphModule:
         """The GraphModule of the rewritten graph; `memo` as in `assemble`."""
         return assemble(self.view.captured, self.graph, self.layers, memo)
-
-
-def _above(name: str) -> list[str]:
-    """`a` and `a.b` for `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _ends_in_coefficient(piece: tuple[Segment, ...]) -> bool:

@@ -40,6 +40,23 @@ def test_it_fuses_and_agrees(freeze: Any, dynamic: bool | None) -> None:
     assert len(told) == len(reports) and "conv_bn" in str(told) and fxfuse.report(model) == told
 
 
+def test_marked_sizes_share_a_graph_and_a_reset_forgets_it() -> None:
+    model, inner = build(), Counting()
+    f = compiled(model, inner)
+    with torch.no_grad():
+        for shape in ((2, 4, 6, 5), (3, 4, 7, 9), (5, 4, 8, 3)):
+            x = draw(*shape)
+            for dim in (0, 2, 3):
+                torch._dynamo.mark_dynamic(x, dim)
+            same(f, model, x)
+        assert len(inner.graphs) == 1 and len(fxfuse.report(f)) == 1
+        torch._dynamo.reset()
+        with pytest.raises(TypeError, match="does not come from"):
+            fxfuse.report(f)
+        same(f, model, draw())
+    assert len(inner.graphs) == 2 and len(fxfuse.report(f)) == 1
+
+
 def test_a_bare_name_in_a_fresh_process() -> None:
     code = (
         "import torch; from torch import nn; torch.set_num_threads(1)\n"
@@ -200,3 +217,33 @@ def test_weights_that_cannot_be_folded_run_as_they_are() -> None:
         model[0].b.running_var.fill_(2.0)
         model[0].b.weight.fill_(0.5)
         same(f, model, draw())
+
+
+def test_global_freezing_is_folded_too_and_its_danger_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxfuse.backend._told", set())
+    model, other, inner = build(), build(seed=1), Counting()
+    f, g = compiled(model, inner), compiled(other, inner)
+    with torch._inductor.config.patch(freezing=True), torch.no_grad(), caplog.at_level(logging.WARNING, "fxfuse"):
+        for x in (draw(), draw(3, 4, 7, 9)):
+            same(f, model, x)
+            same(g, other, x)
+    assert inner.calls.count("conv2d") == 2 and "batch_norm" not in inner.calls
+    assert len([r for r in caplog.records if "freezing is on: weights that change later" in r.message]) == 1
+    assert len(fxfuse.report(f)[0].fired) == 2
+
+
+def test_compiled_within_compiled() -> None:
+    model = build(3)
+    model[1] = compiled(model[1])
+    f, inner = compiled(model), Counting()
+    with torch.no_grad():
+        same(f, model, draw())
+        model[1].a.weight.mul_(2)
+        same(f, model, draw(3, 4, 7, 9))
+    twin = build(3)
+    g = compiled(compiled(twin, inner), inner)
+    with torch.no_grad():
+        same(g, twin, draw())
+    assert inner.calls.count("conv2d") == 3 and "batch_norm" not in inner.calls

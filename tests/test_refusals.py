@@ -70,6 +70,10 @@ BORDERS: dict[str, tuple[Build, str]] = {
         lambda: seq(nn.ZeroPad2d(1), C2(4, 5, 3, padding=1, padding_mode="reflect")),
         "reflect padding after a stride or another padding",
     ),
+    "circular padding of no width": (
+        lambda: seq(C2(4, 6, 1), C2(6, 5, 1, padding_mode="circular")),
+        "copies its input",
+    ),
     "a stride before circular padding": (
         lambda: seq(C2(4, 6, 1, 2), C2(6, 5, 3, padding=1, padding_mode="circular")),
         "circular padding after a stride or another padding",
