@@ -15,15 +15,16 @@ from torch.fx import GraphModule
 
 from . import describe
 from .cost import cost_name, resolve
-from .dynamo import exposed_state, frozen_state, inside_regions, number_positions, traced
+from .dynamo import Traced, exposed_state, frozen_state, inside_regions, number_positions, traced
 from .entry import Entry, How, Planned, Variants, attribute, untouched
 from .functional import functional
 from .inner import mode_options
 from .pattern import select
 from .planning import make_plan
-from .report import Report
+from .report import Fired, Report
 from .rewrite import Rewriter
-from .view import look
+from .swap import swap
+from .view import View, look
 from .weight_sets import CHECKS, watch_optimizers
 
 logger = logging.getLogger("fxfuse")
@@ -137,14 +138,15 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     before = describe.totals(take.captured.graph, take.captured.modules, _numbers(inputs, take.state), None)
     held = {str(n.target) for n in take.captured.graph.nodes if n.op in ("get_attr", "call_module")}
     held -= set(take.state.values())
-    view = look(take.captured, take.shapes)
-    for node in inside_regions(take.captured.graph):
-        view.affine.pop(node, None)
+    view, swapped = _seen(take), list[Fired]()
     before = replace(before, macs=describe.macs(view))
+    while found := swap(view, selection, price):
+        swapped += found
+        view = _seen(take)
     plan = make_plan(view, selection, price)
     rewriter = Rewriter(view, dry_run=True)
     done, _ = rewriter.apply(plan)
-    fired = describe.fired(done, view, rewriter.names)
+    fired = (*swapped, *describe.fired(done, view, rewriter.names))
     macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
     after = describe.totals(rewriter.graph, rewriter.modules(), rewriter.params(), macs)
     report = Report(
@@ -165,6 +167,14 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     folded = {path: (names[name], int(place == "bias")) for path, (name, place) in made.items()}
     constants = {path: attribute(take.captured.root, path) for path in held}
     return Planned(rewriter.graph, take.state, folded, constants, report)
+
+
+def _seen(take: Traced) -> View:
+    """The view of a graph, without what stands where gradients or autocast are switched."""
+    view = look(take.captured, take.shapes)
+    for node in inside_regions(take.captured.graph):
+        view.affine.pop(node, None)
+    return view
 
 
 def _tell(text: str) -> None:

@@ -250,6 +250,7 @@ class Rewriter:
         bias = self.graph.get_attr(f"{self._name(fuse.shift)}.bias")
         shape = (-1, *(1,) * (fuse.shift.spatial or 0))
         bias = self.graph.call_function(torch.reshape, (bias, shape))
+        bias = self.graph.call_method("type_as", (bias, pooled))  # which autocast may have made narrower
         return self.graph.call_function(torch.add, (pooled, bias))
 
     def _keep_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:

@@ -64,7 +64,10 @@ class Gather:
         for members in by_source.values():
             found += self._groups(members) if len(members) > 1 else []
         used = self._used({n for s in plan.sites for n in s.nodes()}) if any(s.alone for s in found) else {}
-        found = [s for s in found if not self._twice(s, found, used)]
+        alike = dict[Operator, set[Node]]()
+        for group in found:
+            alike.setdefault(group.op, set()).update(f.exit for f in group.members)
+        found = [s for s in found if not self._twice(s, alike[s.op], used)]
         return replace(plan, siblings=tuple(found), refusals=tuple(dict.fromkeys((*plan.refusals, *self.refusals))))
 
     def _members(self, plan: Plan) -> list[_Member]:
@@ -196,9 +199,8 @@ class Gather:
                 used.setdefault(attr, []).append(node)
         return used
 
-    def _twice(self, group: Siblings, groups: Sequence[Siblings], used: dict[Attr, list[Node]]) -> bool:
-        """Whether the weight of a layer that would be left alone is needed at another place too."""
-        alike = {f.exit for g in groups if g.op == group.op for f in g.members}
+    def _twice(self, group: Siblings, alike: set[Node], used: dict[Attr, list[Node]]) -> bool:
+        """Whether the weight of a layer that would be left alone is needed elsewhere, not only in groups `alike`."""
         own = dict.fromkeys(a for site in group.alone for op in site.operators() for a in sources(op))
         other = next((n for a in own for n in used.get(a, ()) if n not in alike), None)
         if other is None:

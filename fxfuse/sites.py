@@ -111,12 +111,12 @@ class Plan:
 
 def joined(sites: Iterable[Site], more: Iterable[Site], position: Mapping[Node, int]) -> list[Site]:
     """`sites` with `more`, each where its layer runs."""
-    result = list(sites)
-    for site in more:
-        at = position[site.nodes()[-1]]
-        later = (i for i, s in enumerate(result) if position[_last(s.segments)] > at)
-        result.insert(next(later, len(result)), site)
-    return result
+    result, todo = list[Site](), sorted(more, key=lambda s: position[_last(s.segments)], reverse=True)
+    for site in sites:
+        while todo and position[_last(todo[-1].segments)] < position[_last(site.segments)]:
+            result.append(todo.pop())
+        result.append(site)
+    return [*result, *reversed(todo)]
 
 
 def _last(segments: tuple[Segment, ...]) -> Node:

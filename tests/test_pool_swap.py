@@ -190,11 +190,35 @@ def test_under_torch_compile(forward: Forward) -> None:
     assert swapped(report) == 1
 
 
+@pytest.mark.parametrize("between", [nn.Identity(), nn.BatchNorm2d(4)])
+def test_a_pool_that_shrinks_the_map_goes_first_under_torch_compile(between: nn.Module) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(12, 4, 1), between, nn.AvgPool2d(2), nn.Conv2d(4, 3, 3, padding=1))
+    randomize(model.double(), integer=True)
+    compiled = torch.compile(model, backend="fxfuse", options={"inner": "eager", "strict": True})
+    x = torch.randint(-3, 4, (2, 12, 8, 6)).double()
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+    (report,) = fxfuse.report(compiled)
+    assert swapped(report) == 1
+    positions, late = 2 * 8 * 6, 2 * 4 * 3 * 4 * 3 * 9
+    assert (report.before.macs, report.after.macs) == (positions * 48 + late, positions // 4 * 48 + late)
+    exported = fxfuse.report(exact(model, (2, 12, 8, 6), example_inputs=x, capture="export")[0])
+    assert (exported.before.macs, exported.after.macs) == (report.before.macs, report.after.macs)
+
+
 @pytest.mark.parametrize("forward", [usual, bare])
 def test_an_exported_model(forward: Forward) -> None:
     x = torch.randint(-3, 4, SHAPE).double()
     _, report = exact(branch(forward), SHAPE, example_inputs=x, capture="export")
     assert swapped(report) == 1
+
+
+def test_under_autocast_the_bias_widens_nothing() -> None:
+    model = branch(usual).float()
+    fused, x = fxfuse.optimize(model), torch.randn(SHAPE)
+    assert swapped(fxfuse.report(fused)) == 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fused(x).dtype == model(x).dtype
 
 
 def test_inputs_without_a_batch() -> None:
