@@ -28,7 +28,7 @@ def compose(f: Operator, g: Operator) -> Result:
     takes outside of its input (its bias) is the value that g pads with.
     """
     f, g = _same_layout(f, g)
-    if refusal := _meet(f, g, f.out_channels, g.in_channels):
+    if refusal := meet(f, g, f.out_channels, g.in_channels):
         return refusal
     if f.kind == "identity":
         return replace(g, dtype=g.dtype or f.dtype)
@@ -121,40 +121,6 @@ def concat(ops: Sequence[Operator]) -> Result:
     return replace(merged, law="concat", out_channels=sum(o.out_channels for o in ops))
 
 
-def swap(f: Operator, g: Operator) -> Result:
-    """Of a pointwise layer and an average pool in a row, the layer as it runs on the other side of the pool.
-
-    A pool that pads averages zeros in, which are the layer's own zeros only without its bias: before such a pool the
-    layer loses its bias, to be added after it.
-    """
-    layer, pool = (f, g) if f.weighted else (g, f)
-    if refusal := _meet(f, g, f.out_channels, g.in_channels):
-        return refusal
-    if not layer.weighted or pool.kind != "pool" or not layer.pointwise:
-        return Refusal("only a pointwise layer may change places with an average pool", detail=layer.describe())
-    if not pool.pads or not layer.bias:
-        return layer
-    if layer is f:
-        return Refusal("the pool averages zeros of its padding in, where the layer before it has its bias")
-    return replace(layer, law="unbiased", operands=(layer,), consts=(), bias=False)
-
-
-def siblings(f: Operator, g: Operator) -> Result:
-    """Two layers of one tensor as one layer with the channels of both, if they go over it in the same way."""
-    for op in (f, g):
-        if op.groups > 1 or op.transposed or op.reads is not None:
-            what = "a transposed convolution" if op.transposed else "a layer of some of the channels"
-            what = "a grouped layer" if op.groups > 1 else what
-            return Refusal(f"layers of one tensor, but {what} has no wide form", detail=op.describe())
-    geometry = ("spatial", "kernel", "stride", "dilation", "padding", "padding_mode", "pad_value")
-    for name in geometry:
-        if getattr(f, name) != getattr(g, name):
-            what = {"spatial": "axes", "kernel": "kernels", "stride": "strides"}.get(name, name)
-            reason = f"layers of one tensor have different {what}: no wide layer would do for both"
-            return Refusal(reason, detail=f"{f.describe()} and {g.describe()}")
-    return concat((f, g))
-
-
 def densify(op: Operator, groups: int, full: bool = False) -> Operator:
     """The same operator with fewer groups (`groups` divides `op.groups`), zeros filled in.
 
@@ -196,7 +162,8 @@ def _common_layout(ops: Sequence[Operator]) -> list[Operator]:
     return [o.at(known.spatial or 0, known.in_channels) for o in ops]
 
 
-def _meet(f: Operator, g: Operator, left: int, right: int) -> Refusal | None:
+def meet(f: Operator, g: Operator, left: int, right: int) -> Refusal | None:
+    """What keeps two operators from acting on one tensor, of which each has its own idea how many channels it has."""
     if f.spatial != g.spatial:
         return Refusal(
             "the two act on different axes",
@@ -278,7 +245,9 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
     whole = f.groups > 1 and all(len(c) == per_group and len({r // per_group for r in c}) == 1 for c in chunks)
     if whole:
         source = f.reads if f.reads is not None else tuple(range(f.in_channels))
-        reads = tuple(source[i] for c in chunks for i in _block(c[0] // per_group, width))
+        reads = tuple(
+            source[i] for c in chunks for i in range(c[0] // per_group * width, (c[0] // per_group + 1) * width)
+        )
         groups = len(chunks)
     else:
         f = densify(f, 1)
@@ -293,10 +262,6 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
     )
 
 
-def _block(index: int, width: int) -> range:
-    return range(index * width, (index + 1) * width)
-
-
 def _permuted(op: Operator) -> Operator:
     """A dense operator that reads all channels in another order reads them in order instead."""
     if op.reads is not None and op.groups == 1 and len(op.reads) == op.in_channels == len(set(op.reads)):
@@ -307,7 +272,7 @@ def _permuted(op: Operator) -> Operator:
 def _branches(ops: Sequence[Operator]) -> Refusal | None:
     first = ops[0]
     for other in ops[1:]:
-        if refusal := _meet(first, other, first.in_channels, other.in_channels):
+        if refusal := meet(first, other, first.in_channels, other.in_channels):
             return refusal
         if first.transposed != other.transposed:
             return Refusal("a transposed convolution beside an ordinary operator")

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 
 from torch import nn
 
-from . import algebra
+from . import algebra, neighbours
 from .record import Operator
 from .refusal import Refusal
 
@@ -25,8 +25,8 @@ RELATIONS: dict[str, Callable[[Operator, Operator], Operator | Refusal]] = {
     "chain": algebra.compose,
     "sum": lambda f, g: algebra.add((f, g)),
     "concat": lambda f, g: algebra.concat((f, g)),
-    "siblings": algebra.siblings,
-    "swap": algebra.swap,
+    "siblings": neighbours.siblings,
+    "swap": neighbours.swap,
     "alone": lambda f, g: f,
 }
 
