@@ -19,6 +19,7 @@ import os
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,8 @@ def _norms_left(fused: nn.Module, mode: Executed) -> Record:
     return after_layers | {
         "capture": report.capture,
         "fired": len(report.fired),
+        "by_pattern": report.by_pattern,
+        "refused_by": dict(Counter(r.pattern for r in report.refused)),
         "refusals": {reason: len(sites) for (reason, _), sites in report.by_reason.items()},
         "unexplained": list(dict.fromkeys(unexplained)),
     }

@@ -30,6 +30,10 @@ def compose(f: Operator, g: Operator) -> Result:
     f, g = _same_layout(f, g)
     if refusal := meet(f, g, f.out_channels, g.in_channels):
         return refusal
+    if f.kind != "identity" and g.kind == "warp":
+        return Refusal("a deformable convolution reads between positions, so what is before it stays there")
+    if f.kind == "warp" and g.kind not in ("scale", "identity"):
+        return Refusal("only factors and shifts a channel can follow a deformable convolution into its weight")
     if f.kind == "identity":
         return replace(g, dtype=g.dtype or f.dtype)
     if g.kind == "identity":
@@ -122,10 +126,7 @@ def concat(ops: Sequence[Operator]) -> Result:
 
 
 def densify(op: Operator, groups: int, full: bool = False) -> Operator:
-    """The same operator with fewer groups (`groups` divides `op.groups`), zeros filled in.
-
-    With `full` it reads every channel of its input in order, those it does not use with weight 0.
-    """
+    """The same operator with fewer groups (`groups` divides `op.groups`), and with `full` of all channels: zeros."""
     if op.groups == groups and (not full or op.reads is None):
         return op
     return replace(op, **_made_of("dense", op), groups=groups, reads=None if full else op.reads)
@@ -140,7 +141,7 @@ def _made_of(law: str, *operands: Operator) -> dict[str, Any]:
         "law": law,
         "operands": operands,
         "consts": (),
-        "kind": next((k for k in ("conv", "pool", "pad", "scale", "select") if k in kinds), plain),
+        "kind": next((k for k in ("warp", "conv", "pool", "pad", "scale", "select") if k in kinds), plain),
         "dtype": next((o.dtype for o in operands if o.dtype), None),
         "path": heaviest.path,
         "transposed": any(o.transposed for o in operands),
@@ -271,6 +272,8 @@ def _permuted(op: Operator) -> Operator:
 
 def _branches(ops: Sequence[Operator]) -> Refusal | None:
     first = ops[0]
+    if any(o.kind == "warp" for o in ops):
+        return Refusal("a deformable convolution reads between positions, where no other kernel does")
     for other in ops[1:]:
         if refusal := meet(first, other, first.in_channels, other.in_channels):
             return refusal
@@ -320,11 +323,6 @@ def _unite_taps(ops: Sequence[Operator]) -> Result:
         padding_mode=mode,
         pad_value=value,
     )
-
-
-def applied(result: Operator, f: Operator, g: Operator, name: str) -> Operator:
-    """`result` with the record that pattern `name` made it out of `f` and `g`."""
-    return replace(result, applied=tuple(sorted((*f.applied, *g.applied, name))))
 
 
 def finish(op: Operator) -> tuple[Operator, int] | Refusal:

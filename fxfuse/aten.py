@@ -34,11 +34,12 @@ OPERATORS: dict[str, tuple[str, int | None]] = {
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), ("channel_shuffle", None)),
     **dict.fromkeys(("split", "split_with_sizes"), ("split", None)),
     **{n: (n, None) for n in ("add", "batch_norm", "pad", "chunk", "narrow", "flip", "index_select")},
+    **dict.fromkeys(("mm", "matmul"), ("mm", None)),
     "linear": ("linear", 0),
     "alias": ("identity", None),
     "_native_batch_norm_legit_no_training": ("batch_norm_outputs", None),
 }
-_RENAMED = {"self": "input", "train": "training", "split_sizes": "split_size"}
+_RENAMED = {"self": "input", "mat2": "other", "train": "training", "split_sizes": "split_size"}
 _MODES = {"reflection": "reflect", "replication": "replicate"}
 _PADS = {f"{name}_pad{d}d": mode for d in (1, 2, 3) for name, mode in _MODES.items()}
 

@@ -21,9 +21,9 @@ from .functional import functional
 from .inner import mode_options
 from .pattern import select
 from .planning import make_plan
-from .report import Fired, Report
+from .prepare import prepare
+from .report import Report
 from .rewrite import Rewriter
-from .swap import swap
 from .view import View, look
 from .weight_sets import CHECKS, watch_optimizers
 
@@ -138,15 +138,13 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     before = describe.totals(take.captured.graph, take.captured.modules, _numbers(inputs, take.state), None)
     held = {str(n.target) for n in take.captured.graph.nodes if n.op in ("get_attr", "call_module")}
     held -= set(take.state.values())
-    view, swapped = _seen(take), list[Fired]()
+    view = _look(take)
     before = replace(before, macs=describe.macs(view))
-    while found := swap(view, selection, price):
-        swapped += found
-        view = _seen(take)
+    view, prepared = prepare(view, lambda: _look(take), selection, price)
     plan = make_plan(view, selection, price)
     rewriter = Rewriter(view, dry_run=True)
     done, _ = rewriter.apply(plan)
-    fired = (*swapped, *describe.fired(done, view, rewriter.names))
+    fired = (*prepared, *describe.fired(done, view, rewriter.names))
     macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
     after = describe.totals(rewriter.graph, rewriter.modules(), rewriter.params(), macs)
     report = Report(
@@ -169,8 +167,8 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     return Planned(rewriter.graph, take.state, folded, constants, report)
 
 
-def _seen(take: Traced) -> View:
-    """The view of a graph, without what stands where gradients or autocast are switched."""
+def _look(take: Traced) -> View:
+    """What fxfuse may change of a graph: nothing where gradients or autocast are switched."""
     view = look(take.captured, take.shapes)
     for node in inside_regions(take.captured.graph):
         view.affine.pop(node, None)

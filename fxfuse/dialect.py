@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from . import aten
+from . import aten, deformable
 from .call import Call
 from .constants import Attr
 from .layers import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, layer_type, replaced_forward
@@ -64,6 +64,7 @@ FUNCTIONS: dict[Any, _Signature] = {
     F.avg_pool3d: _sig("avg_pool", _POOL + " divisor_override", 3, **_pool, divisor_override=None),
     F.pad: _sig("pad", "input pad mode value", mode="constant", value=None),
     F.dropout: _sig("dropout", "input p training inplace", p=0.5, training=True, inplace=False),
+    torch.mm: _sig("mm", "input other"),
     operator.neg: _sig("neg", "input"),
     operator.getitem: _sig("getitem", "input index"),
     operator.setitem: _sig("setitem", "input index value", inplace=True),
@@ -82,6 +83,7 @@ for _d in (1, 2, 3):
     FUNCTIONS[getattr(F, f"dropout{_d}d")] = FUNCTIONS[F.dropout]
 for _name in ("concat", "concatenate"):
     FUNCTIONS[getattr(torch, _name)] = FUNCTIONS[torch.cat]
+FUNCTIONS[torch.matmul] = FUNCTIONS[operator.matmul] = FUNCTIONS[torch.mm]
 FUNCTIONS[torch._C._nn.pad] = FUNCTIONS[F.pad]  # what torch.compile makes of it
 FUNCTIONS[F.channel_shuffle] = FUNCTIONS[F.native_channel_shuffle] = FUNCTIONS[torch.channel_shuffle]
 FUNCTIONS[torch.neg] = FUNCTIONS[torch.negative] = FUNCTIONS[operator.neg]
@@ -91,7 +93,7 @@ FUNCTIONS[torch.batch_norm] = _sig(
 
 METHODS: dict[str, _Signature] = {
     n: FUNCTIONS[getattr(torch, n)]
-    for n in ("chunk", "split", "narrow", "flip", "index_select", "neg", "negative", "flatten")
+    for n in ("chunk", "split", "narrow", "flip", "index_select", "neg", "negative", "flatten", "mm", "matmul")
 }
 for _op, _alias in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("div", "truediv")):
     _alpha: dict[str, Any] = {"alpha": 1} if _op in ("add", "sub") else {"rounding_mode": None} if _op == "div" else {}
@@ -142,7 +144,7 @@ def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
         if node.target is operator.getitem and (output := aten.read_output(node, modules)) is not None:
             return output
         signature = FUNCTIONS.get(node.target)
-        return signature.bind(node.args, dict(node.kwargs)) if signature else None
+        return signature.bind(node.args, dict(node.kwargs)) if signature else deformable.read(node)
     if node.op == "call_method":
         method = METHODS.get(str(node.target))
         return method.bind(node.args, dict(node.kwargs)) if method else None
@@ -152,18 +154,21 @@ def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
 
 
 def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
-    cls = layer_type(m)
-    if cls is None:
+    cls, warps = layer_type(m), deformable.is_deformable(m)
+    if cls is None and not warps:
         if isinstance(m, TYPES):
             name = next(t.__name__ for t in TYPES if isinstance(m, t))
             reason = f"a subclass or parametrization of nn.{name} computes its own weight or forward"
             return Call("refused", {}, path=path, refusal=Refusal(reason, path, "bake it into a plain module first"))
         return None
     values = [*node.args, *node.kwargs.values()]
-    replaced = "forward" in m.__dict__ or replaced_forward(cls) or m.__dict__.get("_compiled_call_impl")
+    replaced = "forward" in m.__dict__ or m.__dict__.get("_compiled_call_impl") or (cls and replaced_forward(cls))
     if has_hooks(m) or replaced:
         why = "the module's forward was replaced" if replaced else "the module has hooks"
         return Call("refused", {}, path=path, refusal=Refusal(why, path, "remove them before optimizing"))
+    if cls is None:
+        state = {n: _state(m, n, path, attr) for n in ("weight", "bias")}
+        return deformable.read_module(node, m, path, state)
     if not values or len(values) > 1:
         return None
     args: dict[str, Any] = {"input": values[0]}

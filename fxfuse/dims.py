@@ -185,7 +185,7 @@ class Dims:
             return self._sizes(call.args["sizes"], Size(1, (node.name,))) if call.op == "reshape" else None
         if call.op in _SAME:
             return x
-        if call.op == "linear":
+        if call.op in ("linear", "mm"):
             return (*x[:-1], None)
         if call.op in ("permute", "transpose"):
             order = order_of(call, rank)

@@ -54,7 +54,7 @@ def _relate(node: Node, call: Call | None, found: dict[Node, torch.dtype], modul
         _relate_other(node, found, modules)
         return
     source = call.args.get("input")
-    if call.op in ("conv", "conv_transpose", "linear"):
+    if call.op in ("conv", "conv_transpose", "linear", "deform"):
         weight = call.args["weight"]
         if isinstance(weight, (Attr, Apply)):
             for value in (source, node):

@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 
 from . import schema
 from .call import Call
+from .deformable import is_deformable
 from .guards import storage
 from .layers import layer_type
 from .names import is_aten, plain
@@ -30,7 +31,7 @@ _INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
 _INPLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
 
 _FRESH_CALLS = {"conv", "conv_transpose", "linear", "batch_norm", "avg_pool", "add", "sub", "mul", "div", "neg"}
-_FRESH_CALLS |= {"cat", "pad", "flip", "index_select"}
+_FRESH_CALLS |= {"cat", "pad", "flip", "index_select", "mm", "deform"}
 _FRESH_NAMES = set(
     "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid softmax log_softmax leaky_relu elu mish "
     "softplus matmul bmm mm max_pool1d max_pool2d max_pool3d adaptive_avg_pool2d adaptive_max_pool2d layer_norm "
@@ -160,9 +161,10 @@ def _statistics(node: Node, call: Call | None) -> list[Node]:
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether a call is a layer of torch.nn and nothing more."""
+    """Whether a call is a layer of torch.nn, or torchvision's deformable one, and nothing more."""
     own = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
-    return (own or layer_type(module) is not None) and not has_hooks(module) and "forward" not in module.__dict__
+    own = own or layer_type(module) is not None or is_deformable(module)
+    return own and not has_hooks(module) and "forward" not in module.__dict__
 
 
 def _own_writes(module: nn.Module) -> list[Tensor]:

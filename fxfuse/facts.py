@@ -85,6 +85,17 @@ def _relate(node: Node, calls: Mapping[Node, Call], facts: dict[Node, Fact], mod
                 pair = (second * groups, first) if call.op == "conv" else (first, second * groups)
                 axis = -(call.spatial or 0) - 1
                 x.axes[axis], out.axes[axis] = pair
+    elif call.op == "deform":
+        _spatial(x, out, 2)
+        weight = fact_of(call.args["weight"], facts)
+        if weight is not None and -4 in weight.axes:
+            out.axes[-3] = weight.axes[-4]
+    elif call.op == "mm":
+        x.at_least(1)
+        same_rank(x, out)
+        other = fact_of(call.args["other"], facts)
+        if other is not None and other.rank == 2 and {-1, -2} <= other.axes.keys():
+            x.axes[-1], out.axes[-1] = other.axes[-2], other.axes[-1]
     elif call.op == "linear":
         x.at_least(1)
         same_rank(x, out)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
+from .deformable import call_function, is_deformable
+
 
 def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, tuple[str, str]]:
     """Turn every call of one of `layers` into a function of attributes; (layer, parameter) by attribute path."""
@@ -28,7 +30,7 @@ def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> 
                     continue
                 attributes[f"{name}.{parameter}"] = (name, parameter)
                 state.append(graph.get_attr(f"{name}.{parameter}"))
-            new = _call(graph, layer, node.args[0], state)
+            new = _call(graph, layer, node.args, state)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -38,7 +40,10 @@ def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> 
     return attributes
 
 
-def _call(graph: Graph, layer: Any, x: Any, state: list[Node | None]) -> Node:
+def _call(graph: Graph, layer: Any, args: tuple[Any, ...], state: list[Node | None]) -> Node:
+    if is_deformable(layer):
+        return call_function(graph, layer, args, state)
+    (x,) = args
     if isinstance(layer, nn.Linear):
         return graph.call_function(F.linear, (x, *state))
     rank = len(layer.kernel_size)

@@ -71,7 +71,7 @@ class LayerFirst:
     def _swapped(self, step: Step, fuse: Fuse) -> Fuse | None:
         """The layer before the pool of `step`, with the pool and the bias to come after it."""
         pool, op, parts = step.op, fuse.op, (step, *fuse.parts)
-        if not op.weighted or not op.pointwise or any(s != 1 for s in pool.stride) or step.node is None:
+        if op.kind != "conv" or not op.pointwise or any(s != 1 for s in pool.stride) or step.node is None:
             return None
         layer = self.patterns.combine("swap", pool, op)
         refusal = layer if isinstance(layer, Refusal) else self._dear(pool, op) or self._blocked(parts)

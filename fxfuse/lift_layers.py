@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from . import deformable
 from .arguments import (
     PASS_EXAMPLES,
     Affine,
@@ -101,6 +102,24 @@ def _linear(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     return unary(call, op)
 
 
+def _product(call: Call, facts: Facts, node: Node) -> Affine:
+    """A product with a constant matrix [C, N] on the right is a linear layer."""
+    other = tensor(call, "other", 2)
+    if 0 in other.shape:
+        raise Unknown
+    op = Operator(
+        kind="conv",
+        law="product",
+        spatial=0,
+        in_channels=other.shape[0],
+        out_channels=other.shape[1],
+        dtype=one_dtype(other),
+        path=_owner(other, node),
+        consts=(("weight", other),),
+    )
+    return unary(call, op)
+
+
 def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     x = facts[data(call)]
     if call.args["training"] or call.args["running_mean"] is None or call.args["running_var"] is None:
@@ -180,6 +199,8 @@ LAYERS = {
     "conv": _conv,
     "conv_transpose": _conv,
     "linear": _linear,
+    "mm": _product,
+    "deform": deformable.lift,
     "batch_norm": _batch_norm,
     "avg_pool": _avg_pool,
     "pad": _pad,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from . import deformable
 from .constants import Attr, Values, leaves
 from .record import Operator
 from .refusal import Refusal
@@ -82,6 +83,8 @@ _BLANK = {c: _uninitialized(c) for c in (*_CONV.values(), *_CONV_TRANSPOSE.value
 
 def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Module:
     """The nn.Conv*, nn.ConvTranspose* or nn.Linear that executes `op`, in eval mode."""
+    if op.kind == "warp":
+        return deformable.layer(op, weight, bias, requires_grad)
     built: nn.Module
     if op.spatial == 0:
         cls: type[nn.Module] = nn.Linear

@@ -16,13 +16,13 @@ from .cost import CostFunction
 from .hierarchy import Part
 from .pattern import Selection
 from .planning import make_plan
+from .prepare import prepare
 from .refresh import Replay
 from .refusal import Refusal
 from .report import Fired, Totals
 from .rewrite import Rewriter, drop_identities
 from .shapes import propagate
 from .sites import Plan
-from .swap import swap
 from .view import View, look
 
 
@@ -35,7 +35,7 @@ class Pass:
     plan: Plan
     before: Totals
     params: int
-    swapped: tuple[Fired, ...] = ()
+    fired: tuple[Fired, ...] = ()
 
     @staticmethod
     def of(part: Part, inputs: tuple[Any, ...] | None, selection: Selection, price: CostFunction) -> Pass:
@@ -46,11 +46,8 @@ class Pass:
         drop_identities(captured)
         view = look(captured, propagate(captured, inputs))
         before = Totals(before.nodes, before.params, describe.macs(view), before.ops)
-        swapped = list[Fired]()
-        while found := swap(view, selection, price):
-            swapped += found
-            view = look(captured, propagate(captured, inputs))
-        return Pass(part, view, make_plan(view, selection, price), before, params, tuple(swapped))
+        view, fired = prepare(view, lambda: look(captured, propagate(captured, inputs)), selection, price)
+        return Pass(part, view, make_plan(view, selection, price), before, params, fired)
 
 
 @dataclass
@@ -69,7 +66,7 @@ class Outcome:
         """Rewrite one graph; its module, where anything was fused, is what copies of the model will hold."""
         part, rewriter = done.part, Rewriter(done.view, dry_run)
         plan, recipes = rewriter.apply(done.plan)
-        fired = (*done.swapped, *describe.fired(plan, done.view, rewriter.names))
+        fired = (*done.fired, *describe.fired(plan, done.view, rewriter.names))
         self.fired += [replace(f, path=_join(part.path, f.path)) for f in fired]
         self.refused += [r if not part.path else replace(r, where=_join(part.path, r.where)) for r in plan.refusals]
         macs = None if done.before.macs is None else done.before.macs - sum(f.saved for f in fired)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
 from torch import nn
@@ -139,7 +139,7 @@ class Selection:
             if relation in pattern.relations and pattern.matches(relation, f, g):
                 result = pattern.refuse(relation, f, g) or pattern.rewrite(relation, f, g)
                 if isinstance(result, Operator):
-                    return algebra.applied(result, f, g, name)
+                    return replace(result, applied=tuple(sorted((*f.applied, *g.applied, name))))
                 refusal = refusal or result.by(name)
         if refusal is not None:
             return refusal

@@ -338,5 +338,5 @@ def _moved(segments: tuple[Segment, ...]) -> Iterator[Node]:
 
 
 def _rank(op: Operator | Refusal) -> int:
-    kinds = ("conv", "pool", "pad", "select", "scale", "identity")
+    kinds = ("warp", "conv", "pool", "pad", "select", "scale", "identity")
     return kinds.index(op.kind) if isinstance(op, Operator) else -1

@@ -28,7 +28,8 @@ class Operator:
 
     `spatial` is None for what acts alike on every layout (`x * 2`, dropout): it takes the layout
     of whatever it meets, see `at`. `reads` names the input channels used, in order; None means
-    all of them. `kind` is what patterns match on: conv, scale, identity, pool, pad or select.
+    all of them. `kind` is what patterns match on: conv, warp (a deformable conv), scale,
+    identity, pool, pad or select.
     """
 
     kind: str
@@ -56,7 +57,7 @@ class Operator:
     @property
     def weighted(self) -> bool:
         """Whether a conv or linear is in it, so that it runs as one and can absorb others."""
-        return self.kind == "conv"
+        return self.kind in ("conv", "warp")
 
     @property
     def computed(self) -> bool:
@@ -73,6 +74,7 @@ class Operator:
         """One tap, stride 1, no padding: the value at a position depends on that position alone."""
         return (
             not self.transposed
+            and self.kind != "warp"
             and all(k == 1 for k in self.kernel)
             and all(s == 1 for s in self.stride)
             and not self.pads
@@ -144,7 +146,8 @@ class Operator:
     def describe(self) -> str:
         """`conv2d 64->128 k3x3 s2 p1 g4`: the shape of the operator for a report."""
         rank = "" if self.spatial is None else f"{self.spatial}d"
-        name = {"conv": "linear" if self.spatial == 0 else f"conv{rank}"}.get(self.kind, self.kind)
+        names = {"conv": "linear" if self.spatial == 0 else f"conv{rank}", "warp": f"deform_conv{rank}"}
+        name = names.get(self.kind, self.kind)
         if self.transposed:
             name = f"conv_transpose{rank}"
         text = f"{name} {self.input_width}->{self.out_channels}" if self.spatial is not None else name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,8 +211,11 @@ class Rewriter:
         before = self.place(fuse, before)
         x = self.wide.slice_of(fuse, source)
         with self.graph.inserting_before(before):
-            x = self.call(op, source) if x is None else x
+            x = self.call(op, source, self._beside(nodes)[1:] if op.kind == "warp" else ()) if x is None else x
             x = x if fuse.pool is None else self._pooled(x, fuse, fuse.pool)
+            if op.transposed and op.spatial == 1 and any(self._is_norm(n) for n in nodes):
+                # Of a sequence of length 1 it gives a tensor in another order, which the batch norm would mend.
+                x = self.graph.call_method("contiguous", (x,))
         self.emitted[x] = (fuse, source)
         for node, by_input in asked.items():
             for user in self.view.sized[node]:
@@ -227,10 +230,12 @@ class Rewriter:
         """The node before which a fused layer has to stand: `before`, or one that asks for a size it gives."""
         asked = answers(fuse.parts, self.view.sized) or {}
         later = [u for n, by_input in asked.items() if not by_input for u in self.view.sized[n]]
-        return min((before, *later), key=self.view.effects.position.__getitem__)
+        beside = self._beside([n for p in fuse.parts for n in part_nodes(p)])[:1] if fuse.op.kind == "warp" else ()
+        places: list[Node] = [before, *later, *beside]
+        return min(places, key=self.view.effects.position.__getitem__)
 
-    def call(self, op: Operator, source: Node) -> Node:
-        """Call the layer of `op` on `source`, at the place where the graph is inserting."""
+    def call(self, op: Operator, source: Node, beside: Sequence[Node] = ()) -> Node:
+        """Call the layer of `op` on `source` and what it reads `beside` it, where the graph is inserting."""
         name, x, spatial = self._name(op), source, op.spatial or 0
         if op.reads is not None:
             x = self.graph.call_function(torch.narrow, (x, -spatial - 1, op.reads[0], len(op.reads)))
@@ -239,7 +244,7 @@ class Rewriter:
             mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
             value: Any = op.pad_value if mode == "constant" else None
             x = self.graph.call_function(F.pad, (x, amounts, mode, value))
-        return self.graph.call_module(name, (x,))
+        return self.graph.call_module(name, (x, *beside))
 
     def _pooled(self, x: Node, fuse: Fuse, pool: Node) -> Node:
         """What `pool` makes of `x` instead of its own input, and the bias added to it."""
@@ -252,6 +257,16 @@ class Rewriter:
         bias = self.graph.call_function(torch.reshape, (bias, shape))
         bias = self.graph.call_method("type_as", (bias, pooled))  # which autocast may have made narrower
         return self.graph.call_function(torch.add, (pooled, bias))
+
+    def _is_norm(self, node: Node) -> bool:
+        call = self.view.calls.get(node)
+        return call is not None and call.op == "batch_norm"
+
+    def _beside(self, nodes: list[Node]) -> list[Node]:
+        """A deformable convolution, and what it reads beside its input: offsets, and a mask if it has one."""
+        node = next(n for n in nodes if (c := self.view.calls.get(n)) is not None and c.op == "deform")
+        read = (self.view.calls[node].args[n] for n in ("offset", "mask"))
+        return [node, *(self._current(n) for n in read if n is not None)]
 
     def _keep_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:
         """If a factor has moved past a carry, check the rank of what it reads, which may lie in any order now."""

@@ -4,7 +4,8 @@
 
 The work is the same, so it pays where x is no longer read again and again and the slices are not too much: measured
 on the layers of real models, with convolutions of one tap whose outputs together are no wider than the reads saved,
-batch and map aside. A kernel of more taps gains nothing: there the time goes into arithmetic.
+batch and map aside, and with linear layers that keep the width: query, key and value. A kernel of more taps gains
+nothing: there the time goes into arithmetic.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Gather:
                 found.append((affine.inputs[0][0], Fuse(affine.op, (Step(node, affine.op),)), True))
         position = self.view.effects.position
         found.sort(key=lambda f: position[f[1].exit])
-        whole = [f for f in found if f[1].op.reads is None]  # those of different channels read different values
+        # those of different channels read different values, and deformable ones read more than one
+        whole = [f for f in found if f[1].op.reads is None and f[1].op.kind == "conv"]
         return [_Member(fuse, source, plain, *self._activation(fuse)) for source, fuse, plain in whole]
 
     def _activation(self, fuse: Fuse) -> tuple[Node | None, Activation | None]:
@@ -182,8 +184,8 @@ class Gather:
         if any(k > 1 for k in op.kernel):
             reason = "layers of one tensor, but a kernel of several taps is no faster for being wide"
             return Refusal(reason, detail=op.describe(), remedy=remedy)
-        saved = op.in_channels * (len(ops) - 1)
-        if op.spatial and op.out_channels > saved:
+        saved = op.in_channels * (len(ops) - 1 if op.spatial else len(ops))
+        if op.out_channels > saved:
             return Refusal(
                 "layers of one tensor, but the slices of a wide layer would cost more than not reading it again saves",
                 detail=f"{op.out_channels} channels of slices, {saved} of reading",

@@ -25,6 +25,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 
 from .containers import put_back
+from .deformable import is_deformable
 from .kinds import extremes_recorded, is_number, is_tensor, number_type
 from .layers import layer_type
 from .refusal import CaptureError
@@ -165,8 +166,9 @@ class FuseTracer(DictTracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        more = has_hooks(m) or "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule) or layer_type(m)
-        return bool(more) or module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
+        more = has_hooks(m) or "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule)
+        layer = layer_type(m) is not None or is_deformable(m)
+        return more or layer or module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         name = args[1] if isinstance(args[1], str) else getattr(args[1], "__name__", "")

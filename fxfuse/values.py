@@ -36,6 +36,10 @@ def compute(op: Operator, source: Values) -> Numbers:
         return Numbers.of(weight[run].reshape(op.out_channels, 1, *op.kernel), bias)
     if op.law == "unbiased":
         return Numbers(parts[0].terms, None, parts[0].shape)
+    if op.law == "spread":
+        each = op.const("each") or 1
+        bias = bias.repeat_interleave(each) if op.bias and bias is not None else None
+        return Numbers.of(weight.flatten().repeat_interleave(each).reshape(op.out_channels, 1, *op.kernel), bias)
     if op.law == "rows":
         rows = list(op.const("rows"))
         return Numbers.of(weight[rows], None if bias is None else bias[rows])
@@ -55,6 +59,10 @@ def _conv(op: Operator, source: Values) -> Numbers:
         g = op.groups
         weight = weight.reshape(g, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     return Numbers.of(weight, None if bias is None else double(bias))
+
+
+def _product(op: Operator, source: Values) -> Numbers:
+    return Numbers.of(evaluate(op.const("weight"), source).t(), None)
 
 
 def _batch_norm(op: Operator, source: Values) -> Numbers:
@@ -97,6 +105,7 @@ def _identity(op: Operator, source: Values) -> Numbers:
 
 LEAVES = {
     "conv": _conv,
+    "product": _product,
     "batch_norm": _batch_norm,
     "scale": _scale,
     "pool": _pool,

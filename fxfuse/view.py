@@ -32,6 +32,7 @@ from .lift_tensors import ARITHMETIC
 from .passage import Passage, find_divisions, find_passage
 from .record import Operator
 from .refusal import Refusal
+from .runtime_weight import Dynamic, Finder
 from .shaping import read_shaping
 
 READERS = {**LAYERS, **ARITHMETIC}
@@ -51,6 +52,7 @@ class View:
     calls: dict[Node, Call] = field(default_factory=dict)
     passage: Passage = field(default_factory=Passage)
     carries: Mapping[Node, Affine] = field(default_factory=dict)
+    unbiased: tuple[Dynamic, ...] = ()
 
     def data_users(self, node: Node) -> list[Node]:
         """Users that read more than its rank, dtype or size."""
@@ -134,6 +136,9 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     chosen = view.affine.keys() | passage.carries
     affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
     carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
+    finder = Finder(view.calls, shapings, view.affine, dims, view.readers)
+    divisions |= finder.divisions()
+    view = replace(view, unbiased=tuple(finder.unbiased()))
     return replace(view, affine=affine_nodes, passage=replace(passage, divisions=divisions), carries=carries)
 
 

@@ -46,7 +46,7 @@ class Siblings(Pattern):
     )
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
-        return f.weighted and g.weighted
+        return f.kind == g.kind == "conv"
 
     examples = (
         Example("two 1x1 of one input", lambda: _Apart(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)), (2, 8, 6, 7)),

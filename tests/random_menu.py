@@ -131,6 +131,8 @@ def scaled(body: Body, g: Reader, x: str | None = None) -> None:
     """A constant of a shape that broadcasts onto the channels, or onto another axis of the same size."""
     x = x or body.var(g)
     shape = body.shape(x)
+    if not shape:
+        raise Rejected
     channels, width = (shape[1] if len(shape) > 1 else 1), shape[-1]
     ones = (1,) * (len(shape) - 2)
     usual, tricky = (

@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks import zoo, zoo_models
+from benchmarks import zoo, zoo_models, zoo_table
 from benchmarks.executed import Executed, Layer
 from benchmarks.zoo_check import check
 
@@ -216,3 +216,16 @@ def test_names_that_do_not_exist_are_usage_errors(
     with pytest.raises(SystemExit):
         run(tmp_path / "r.jsonl", *arguments)
     assert said in capsys.readouterr().err
+
+
+def test_tables_of_what_fired_and_what_was_refused() -> None:
+    records = [check(name, OPTIONS) for name in ("timm:repvgg_a0", "torchvision:resnet18")]
+    page = zoo_table.tables([*records, {"model": "timm:gone", "status": "timeout"}])
+    assert "3 models: 2 ok, 1 timeout" in page
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
+    rows = {first: rest for first, *rest in cells}
+    assert rows["`parallel_conv`"] == ["22", "1", "0"]
+    assert rows["timm byobnet"][:3] == ["1", "44 → 22", "61 → 0"]
+    assert rows["torchvision classification"][:3] == ["1", "20 → 20", "20 → 0"]
+    reason = "what is summed does not start at one tensor: something between is not linear"
+    assert rows[reason] == ["8", "1"]

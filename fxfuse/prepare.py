@@ -1,0 +1,25 @@
+"""What is changed in a captured graph before the plan, so that the planner only decides what becomes one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .cost import CostFunction
+from .pattern import Selection
+from .report import Fired
+from .runtime_weight import give_bias
+from .swap import swap
+from .view import View
+
+
+def prepare(
+    view: View, again: Callable[[], View], patterns: Selection, price: CostFunction
+) -> tuple[View, tuple[Fired, ...]]:
+    """The view of the prepared graph, and what was fused by it; `again` looks at the graph anew."""
+    fired = list[Fired]()
+    while found := swap(view, patterns, price):
+        fired += found
+        view = again()
+    if give_bias(view, patterns):
+        view = again()
+    return view, tuple(fired)

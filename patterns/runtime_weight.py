@@ -1,0 +1,57 @@
+"""dynamic_conv -> batch_norm  =>  dynamic_conv      bank'[k, n] = bank[k, n] * s[n],  bias' = bias * s + t
+
+A dynamic convolution mixes a bank of kernels with attention that the input decides (Chen et al. 2020, eq. 1;
+CondConv, Yang et al. 2019). Its output is linear in the bank, so a factor and shift a channel after it go to the
+bank and to what is mixed as its bias; one without a bias gets one. A deformable convolution (Dai et al. 2017, eq. 2)
+reads where its offsets say, and is linear in its weight: W' = W * s, b' = b * s + t. Exact at every batch size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+
+
+class _Mixed(nn.Module):
+    """A kernel mixed for each sample, and a batch norm; `summed` adds the samples' own input between."""
+
+    def __init__(self, summed: bool = False) -> None:
+        super().__init__()
+        self.summed = summed
+        self.attend = nn.Linear(4, 3)
+        self.bank, self.shifts = nn.Parameter(torch.randn(3, 4 * 4 * 9)), nn.Parameter(torch.randn(3, 4))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        attention = self.attend(x.mean((2, 3))).softmax(1)
+        weight, bias = (attention @ self.bank).view(b * 4, 4, 3, 3), (attention @ self.shifts).view(-1)
+        y = F.conv2d(x.reshape(1, b * c, h, w), weight, bias, padding=1, groups=b)
+        y = y.view(b, 4, y.shape[2], y.shape[3])
+        out: Tensor = self.norm(y + x.relu() if self.summed else y)
+        return out
+
+
+@register
+class RuntimeWeight(Pattern):
+    name = "runtime_weight"
+    law = "dynamic_conv -> batch_norm => dynamic_conv;  deform_conv2d -> batch_norm => deform_conv2d"
+    relations = ("chain",)
+    refused_when = "the weight is not a product with a constant bank, or something else reads what lies between"
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        return g.law == "spread" or (f.kind == "warp" and g.kind == "scale")
+
+    examples = (
+        Example("batch norm after a dynamic convolution", _Mixed, (3, 4, 6, 5)),
+        Example(
+            "something that is not linear joins before the batch norm",
+            lambda: _Mixed(summed=True),
+            (3, 4, 6, 5),
+            reason="follows no convolution",
+        ),
+    )
