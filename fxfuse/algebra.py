@@ -29,7 +29,7 @@ def compose(f: Operator, g: Operator) -> Result:
     takes outside of its input (its bias) is the value that g pads with. See `framed` where it is not.
     """
     f, g = _same_layout(f, g)
-    if refusal := _meet(f, g, f.out_channels, g.in_channels):
+    if refusal := meet(f, g, f.out_channels, g.in_channels):
         return refusal
     if f.kind != "identity" and g.kind == "warp":
         return Refusal("a deformable convolution reads between positions, so what is before it stays there")
@@ -48,7 +48,7 @@ def framed(f: Operator, g: Operator) -> Result:
     The frame holds, for each tap, what the two differ by: W2 * (padded value - b1), summed over the channels.
     """
     f, g = _same_layout(f, g)
-    refusal = _meet(f, g, f.out_channels, g.in_channels) or border.refuse_frame(f, g)
+    refusal = meet(f, g, f.out_channels, g.in_channels) or border.refuse_frame(f, g)
     return refusal or replace(product(f, g), framed=True, pad_value=0)
 
 
@@ -136,10 +136,7 @@ def concat(ops: Sequence[Operator]) -> Result:
 
 
 def densify(op: Operator, groups: int, full: bool = False) -> Operator:
-    """The same operator with fewer groups (`groups` divides `op.groups`), zeros filled in.
-
-    With `full` it reads every channel of its input in order, those it does not use with weight 0.
-    """
+    """The same operator with fewer groups (`groups` divides `op.groups`), and with `full` of all channels: zeros."""
     if op.groups == groups and (not full or op.reads is None):
         return op
     return replace(op, **_made_of("dense", op), groups=groups, reads=None if full else op.reads)
@@ -176,7 +173,8 @@ def _common_layout(ops: Sequence[Operator]) -> list[Operator]:
     return [o.at(known.spatial or 0, known.in_channels) for o in ops]
 
 
-def _meet(f: Operator, g: Operator, left: int, right: int) -> Refusal | None:
+def meet(f: Operator, g: Operator, left: int, right: int) -> Refusal | None:
+    """What keeps two operators from acting on one tensor, of which each has its own idea how many channels it has."""
     if f.spatial != g.spatial:
         return Refusal(
             "the two act on different axes",
@@ -227,7 +225,9 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
     whole = f.groups > 1 and all(len(c) == per_group and len({r // per_group for r in c}) == 1 for c in chunks)
     if whole:
         source = f.reads if f.reads is not None else tuple(range(f.in_channels))
-        reads = tuple(source[i] for c in chunks for i in _block(c[0] // per_group, width))
+        reads = tuple(
+            source[i] for c in chunks for i in range(c[0] // per_group * width, (c[0] // per_group + 1) * width)
+        )
         groups = len(chunks)
     else:
         f = densify(f, 1)
@@ -242,10 +242,6 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
     )
 
 
-def _block(index: int, width: int) -> range:
-    return range(index * width, (index + 1) * width)
-
-
 def _permuted(op: Operator) -> Operator:
     """A dense operator that reads all channels in another order reads them in order instead."""
     if op.reads is not None and op.groups == 1 and len(op.reads) == op.in_channels == len(set(op.reads)):
@@ -258,7 +254,7 @@ def _branches(ops: Sequence[Operator]) -> Refusal | None:
     if any(o.kind == "warp" for o in ops):
         return Refusal("a deformable convolution reads between positions, where no other kernel does")
     for other in ops[1:]:
-        if refusal := _meet(first, other, first.in_channels, other.in_channels):
+        if refusal := meet(first, other, first.in_channels, other.in_channels):
             return refusal
         if first.transposed != other.transposed:
             return Refusal("a transposed convolution beside an ordinary operator")
@@ -307,11 +303,6 @@ def _unite_taps(ops: Sequence[Operator]) -> Result:
         padding_mode=mode,
         pad_value=value,
     )
-
-
-def applied(result: Operator, f: Operator, g: Operator, name: str) -> Operator:
-    """`result` with the record that pattern `name` made it out of `f` and `g`."""
-    return replace(result, applied=tuple(sorted((*f.applied, *g.applied, name))))
 
 
 def finish(op: Operator) -> tuple[Operator, int] | Refusal:

@@ -52,7 +52,9 @@ def keep(module: GraphModule, attributes: dict[str, Any], hidden: tuple[str, ...
         module._register_deepcopy_hook(kept)
 
 
-def assemble(captured: Captured, graph: Graph, layers: Mapping[str, nn.Module], memo: dict[int, Any]) -> GraphModule:
+def assemble(
+    captured: Captured, graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter], memo: dict[int, Any]
+) -> GraphModule:
     """The GraphModule of `graph`: `layers` as they are, every other module and tensor copied.
 
     `memo` (by id) holds what was copied or replaced before, as for deepcopy.

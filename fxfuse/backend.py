@@ -21,7 +21,7 @@ from .functional import functional
 from .inner import mode_options
 from .materialize import PARAMETERS
 from .pattern import select
-from .plan import Planner
+from .planning import make_plan
 from .prepare import prepare
 from .report import Report
 from .rewrite import Rewriter
@@ -142,7 +142,7 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     view = _look(take)
     before = replace(before, macs=describe.macs(view))
     view, prepared = prepare(view, lambda: _look(take), selection, price)
-    plan = Planner(view, selection, price).run()
+    plan = make_plan(view, selection, price)
     rewriter = Rewriter(view, dry_run=True)
     done, _ = rewriter.apply(plan)
     fired = (*prepared, *describe.fired(done, view, rewriter.names))

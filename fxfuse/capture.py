@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from .constants import Attr
 from .guards import guarded
 from .refusal import CaptureError, Refusal
 from .tracer import CHECKED
@@ -50,6 +51,13 @@ class Captured:
     def modules(self) -> dict[str, nn.Module]:
         """Every module of the root by each of its paths."""
         return dict(self.root.named_modules(remove_duplicate=False))
+
+    def requires_grad(self, attr: Attr) -> bool:
+        """Whether a tensor of the root is trained; one that only the trace knows is not."""
+        if attr.path in self.constants:
+            return False
+        owner, _, name = attr.path.rpartition(".")
+        return bool(getattr(self.root.get_submodule(owner), name).requires_grad)
 
 
 def capture(

@@ -13,7 +13,7 @@ from .names import plain
 from .record import Operator
 from .regions import Join, Step, exit_of
 from .report import Fired, Totals
-from .sites import Fuse, Plan, fuses
+from .sites import Fuse, Plan, Siblings, fuses
 from .view import View
 
 _ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "addmm": "linear"}
@@ -69,7 +69,30 @@ def _macs(op: Operator, node: Node, view: View) -> int:
 
 def fired(plan: Plan, view: View, names: Mapping[Operator, str]) -> tuple[Fired, ...]:
     """One entry for every fused layer, in execution order."""
-    return tuple(_describe(f, view, names) for site in plan.sites for f in fuses(site.segments))
+    group_of = {f.exit: g for g in plan.siblings for f in g.members}
+    found: dict[Node, Fired] = {}
+    for fuse in (f for site in plan.sites for f in fuses(site.segments)):
+        group = group_of.get(fuse.exit)
+        if group is None:
+            found[fuse.exit] = _describe(fuse, view, names)
+        elif group.members[0].exit not in found:
+            found[group.members[0].exit] = _gathered(group, view, names)
+    return tuple(found.values())
+
+
+def _gathered(group: Siblings, view: View, names: Mapping[Operator, str]) -> Fired:
+    """One entry for siblings."""
+    each = [_describe(f, view, names) for f in group.members]
+    before, after = ([getattr(e, side) for e in each] for side in ("macs_before", "macs_after"))
+    pools = sum(f.pool is not None for f in group.members)
+    return Fired(
+        path=names.get(group.op, group.op.path),
+        patterns=tuple(dict.fromkeys((*group.op.applied, *(p for e in each for p in e.patterns)))),
+        before=tuple(b for e in each for b in e.before),
+        after=f"{group.op.describe()}, {len(each)} slices" + ", pool" * pools,
+        macs_before=None if None in before else sum(before),
+        macs_after=None if None in after else sum(after),
+    )
 
 
 def _steps(parts: Iterable[Step | Join]) -> list[Step | None]:
@@ -100,7 +123,7 @@ def _describe(fuse: Fuse, view: View, names: Mapping[Operator, str]) -> Fired:
         path=names.get(fuse.op, fuse.op.path),
         patterns=tuple(dict.fromkeys(fuse.op.applied)),
         before=tuple(before),
-        after=fuse.op.describe(),
+        after=fuse.op.describe() + ", pool" * (fuse.pool is not None),
         macs_before=None if after is None else work,
         macs_after=after,
     )

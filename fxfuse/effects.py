@@ -109,6 +109,10 @@ class Effects:
                     return False
         return True
 
+    def writers(self, value: Node) -> list[Node]:
+        """The nodes that may write `value` or something that shares its memory."""
+        return [m for m in self._members[self.classes[value]] if m in self.writes] if self.writes else []
+
     def writes_itself(self, value: Node) -> Node | None:
         """A node that writes `value`, or a view of it, and reads the same memory by another name."""
         root = self.classes[value]
@@ -205,10 +209,10 @@ def _shared(node: Node, targets: list[Node], call: Call | None, modules: Mapping
     """The arguments whose memory the result may share, beside those it writes."""
     if isinstance(node.target, OpOverload):
         return schema.shared(node)
-    return [] if targets or _fresh(node, call, modules) else node.all_input_nodes
+    return [] if targets or fresh(node, call, modules) else node.all_input_nodes
 
 
-def _fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> bool:
+def fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the result certainly shares no memory with any argument."""
     if node.op in ("placeholder", "get_attr", "output"):
         return True

@@ -15,10 +15,13 @@ from .deformable import call_function, is_deformable
 from .materialize import PARAMETERS
 
 
-def functional(graph: Graph, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, tuple[str, str]]:
     """Turn every call of one of `layers` into a function of attributes; (layer, parameter) by attribute path."""
     attributes: dict[str, tuple[str, str]] = {}
     for node in list(graph.nodes):
+        if node.op == "get_attr" and node.target in layers:  # a bias that is added by itself
+            path, _, name = str(node.target).rpartition(".")
+            attributes[str(node.target)] = (path, name)
         if node.op != "call_module" or node.target not in layers:
             continue
         name, layer = str(node.target), layers[str(node.target)]

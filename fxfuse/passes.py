@@ -15,7 +15,7 @@ from .copying import copied
 from .cost import CostFunction
 from .hierarchy import Part
 from .pattern import Selection
-from .plan import Planner
+from .planning import make_plan
 from .prepare import prepare
 from .refresh import Replay
 from .refusal import Refusal
@@ -47,7 +47,7 @@ class Pass:
         view = look(captured, propagate(captured, inputs))
         before = Totals(before.nodes, before.params, describe.macs(view), before.ops)
         view, fired = prepare(view, lambda: look(captured, propagate(captured, inputs)), selection, price)
-        return Pass(part, view, Planner(view, selection, price).run(), before, params, fired)
+        return Pass(part, view, make_plan(view, selection, price), before, params, fired)
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Patterns: theorems about two neighbouring operators, and the registry that finds them.
 
 A pattern never sees a graph and never weighs cost. It says for two operators in a relation
-("chain": g after f; "sum" and "concat": two branches of one tensor; "alone": f by itself, given
-twice) whether it is about them (`matches`), what stands in the way (`refuse`), and what they become
+("chain": g after f; "sum" and "concat": two branches of one tensor; "siblings": two layers of one
+tensor that nothing joins; "swap": a layer and a pool in a row, in the other order; "alone": f by
+itself, given twice) whether it is about them (`matches`), what stands in the way (`refuse`), and what they become
 (`rewrite`). The planner composes patterns and decides what pays.
 """
 
@@ -11,12 +12,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
 from torch import nn
 
-from . import algebra
+from . import algebra, neighbours
 from .record import Operator
 from .refusal import Refusal
 
@@ -24,6 +25,8 @@ RELATIONS: dict[str, Callable[[Operator, Operator], Operator | Refusal]] = {
     "chain": algebra.compose,
     "sum": lambda f, g: algebra.add((f, g)),
     "concat": lambda f, g: algebra.concat((f, g)),
+    "siblings": neighbours.siblings,
+    "swap": neighbours.swap,
     "alone": lambda f, g: f,
 }
 
@@ -49,8 +52,10 @@ class Pattern:
     Attributes:
         name: what `patterns=` and the report call it.
         law: one line, left => right.
-        relations: those it is about, out of "chain" (g after f), "sum" and "concat" (two branches), and
-            "alone" (f by itself, given twice: a layer that can be written better).
+        relations: those it is about, out of "chain" (g after f), "sum" and "concat" (two branches), "siblings" (two
+            layers of one tensor that nothing joins), "swap" (a layer and a pool in a row; what `rewrite` returns is
+            the layer on the other side of the pool) and "alone" (f by itself, given twice: a layer that can be
+            written better).
         refused_when: for the documentation, when the law does not hold or does not pay.
         always: fuse even where the cost rises (as `patterns=["name!"]` does for one call).
         examples: models that show it firing and refusing; the tests run them.
@@ -134,7 +139,7 @@ class Selection:
             if relation in pattern.relations and pattern.matches(relation, f, g):
                 result = pattern.refuse(relation, f, g) or pattern.rewrite(relation, f, g)
                 if isinstance(result, Operator):
-                    return algebra.applied(result, f, g, name)
+                    return replace(result, applied=tuple(sorted((*f.applied, *g.applied, name))))
                 refusal = refusal or result.by(name)
         if refusal is not None:
             return refusal

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +18,19 @@ from .asked import answers
 from .assemble import assemble, spelled
 from .call import SEVERAL
 from .capture import HOOKS, Captured
-from .constants import Attr, model_values
+from .constants import model_values
 from .effects import rank_check, shape_reader
+from .feasible import feasible
 from .kinds import is_number
 from .literals import write_numbers
-from .materialize import Stored, blank, layer, sources, tensors
 from .names import above, is_aten
 from .rank_checks import RankChecks
 from .record import Operator
-from .refusal import Refusal
-from .regions import Join, Step, exit_of, part_nodes, steps_of
+from .regions import Join, Step, part_nodes, steps_of
 from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site
+from .slices import RESHAPES
 from .view import View
-
-RESHAPES: dict[Any, Any] = {"view": "reshape", "view_as": "reshape_as"}
-RESHAPES[torch.ops.aten.view.default] = torch.ops.aten.reshape.default
+from .wide import Wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +66,9 @@ class Rewriter:
         self.dry_run = dry_run
         self.graph: Graph = view.captured.graph
         self.values = model_values(view.captured.root, view.captured.constants)
-        self.built: dict[Operator, nn.Module] = {}
+        self.built: dict[Operator, nn.Module | nn.Parameter] = {}
         self.names: dict[Operator, str] = {}
-        self.layers: dict[str, nn.Module] = {}
+        self.layers: dict[str, nn.Module | nn.Parameter] = {}
         self.condemned: set[Node] = set()
         self.replaced: dict[Node, Node] = {}
         self.ranks = RankChecks(self.graph, view, self._current)
@@ -80,37 +78,19 @@ class Rewriter:
 
     def apply(self, plan: Plan) -> tuple[Plan, tuple[Recipe, ...]]:
         """Emit every site; returns the plan as carried out (sites whose weights failed left out)."""
-        done, failed = list[Site](), list(plan.refusals)
-        stored = self._stored(plan)
-        for site in plan.sites:
-            pairs = [(op, stored[op]) for op in site.operators()]
-            refused = [r.at(op.path) for op, r in pairs if isinstance(r, Refusal)]
-            failed += refused
-            done += [] if refused else [site]
-        done = _whole_trees(done, plan.sites)
-        for op, numbers in stored.items():
-            if not isinstance(numbers, Refusal):
-                self.built[op] = layer(op, numbers, any(self._requires_grad(a) for a in sources(op)))
+        able, self.built = feasible(plan, self.view, None if self.dry_run else self.values)
+        done = able.sites
         if done:
             self.condemned |= write_numbers(self.view.constants)
         self._release(done)
+        self.wide = Wide(self, able.siblings)
         for site in done:
             self._emit(self._current(site.source), site.segments)
+        self.wide.rejoin()
         self._redirect_readers()
         self._sweep()
         recipes = tuple(Recipe(name, op) for op, name in self.names.items())
-        return replace(plan, sites=tuple(done), refusals=tuple(dict.fromkeys(failed))), recipes
-
-    def _stored(self, plan: Plan) -> Mapping[Operator, Stored | Refusal]:
-        """The weights of all sites, computed before anything is changed."""
-        ops = dict.fromkeys(op for site in plan.sites for op in site.operators())
-        return {op: blank(op) for op in ops} if self.dry_run else tensors(ops, self.values)
-
-    def _requires_grad(self, attr: Attr) -> bool:
-        if attr.path in self.view.captured.constants:
-            return False
-        owner, _, name = attr.path.rpartition(".")
-        return bool(getattr(self.view.captured.root.get_submodule(owner), name).requires_grad)
+        return able, recipes
 
     def _release(self, sites: Iterable[Site]) -> None:
         """Free the names of modules and attributes that only the fused sites use."""
@@ -133,7 +113,8 @@ class Rewriter:
             self.names[op] = name
             self.taken.add(name)
             self.opened.update(above(name))
-            self.layers[name] = self.built[op]
+            built = self.built[op]
+            self.layers[name if isinstance(built, nn.Module) else f"{name}.bias"] = built
         return self.names[op]
 
     def _emit(self, value: Node, segments: tuple[Segment, ...]) -> tuple[Node, float]:
@@ -144,10 +125,10 @@ class Rewriter:
                 if segment.step.node is None:
                     coefficient *= float(segment.step.op.const("factor"))
                 else:
-                    value = segment.step.node
-                    self._keep_carry(value, segments)
+                    self._keep_carry(segment.step.node, segments)
+                    value = self._current(segment.step.node)
             elif isinstance(segment, Fuse):
-                end = exit_of(segment.parts)
+                end = segment.exit
                 new = self._layer_call(segment, value, end)
                 self._condemn(segment)
                 new.meta["fxfuse_exit"] = end.name
@@ -187,6 +168,11 @@ class Rewriter:
         old.replace_all_uses_with(new)
         self.replaced[old] = new
 
+    def stand_for(self, old: Node, new: Node) -> None:
+        """Replace a node that is to go by another."""
+        self._replace(old, new)
+        self.condemned.add(old)
+
     def _let_through(self, fuse: Fuse) -> None:
         """Let those that read a factor which has moved elsewhere read its input."""
         for step in (s for p in fuse.parts for s in steps_of(p)):
@@ -220,24 +206,14 @@ class Rewriter:
     def _layer_call(self, fuse: Fuse, source: Node, before: Node) -> Node:
         """Call the layer of a fused stretch on `source`, right before node `before`."""
         op, nodes = fuse.op, [n for p in fuse.parts for n in part_nodes(p)]
-        name = self._name(op)
         self.ranks.of_layer(source, fuse)
         asked = answers(fuse.parts, self.view.sized) or {}
-        later = [u for n, by_input in asked.items() if not by_input for u in self.view.sized[n]]
-        beside = self._beside(nodes) if op.kind == "warp" else None
-        before = min((before, *later, *(beside[:1] if beside else ())), key=self.view.effects.position.__getitem__)
-        spatial = op.spatial or 0
+        before = self.place(fuse, before)
+        x = self.wide.slice_of(fuse, source)
         with self.graph.inserting_before(before):
-            x = source
-            if op.reads is not None:
-                x = self.graph.call_function(torch.narrow, (x, -spatial - 1, op.reads[0], len(op.reads)))
-            if needs_pad(op):
-                amounts = [a for low, high in op.padding[::-1] for a in (low, high)]
-                mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
-                value: Any = op.pad_value if mode == "constant" else None
-                x = self.graph.call_function(F.pad, (x, amounts, mode, value))
-            x = self.graph.call_module(name, (x, *(beside[1:] if beside else ())))
-            if op.transposed and spatial == 1 and any(self._is_norm(n) for n in nodes):
+            x = self.call(op, source, self._beside(nodes)[1:] if op.kind == "warp" else ()) if x is None else x
+            x = x if fuse.pool is None else self._pooled(x, fuse, fuse.pool)
+            if op.transposed and op.spatial == 1 and any(self._is_norm(n) for n in nodes):
                 # Of a sequence of length 1 it gives a tensor in another order, which the batch norm would mend.
                 x = self.graph.call_method("contiguous", (x,))
         self.emitted[x] = (fuse, source)
@@ -249,6 +225,38 @@ class Rewriter:
         x.meta = {k: heaviest.meta[k] for k in ("nn_module_stack", "stack_trace") if k in heaviest.meta}
         x.meta["fxfuse"] = tuple(dict.fromkeys(n.name for n in nodes))
         return x
+
+    def place(self, fuse: Fuse, before: Node) -> Node:
+        """The node before which a fused layer has to stand: `before`, or one that asks for a size it gives."""
+        asked = answers(fuse.parts, self.view.sized) or {}
+        later = [u for n, by_input in asked.items() if not by_input for u in self.view.sized[n]]
+        beside = self._beside([n for p in fuse.parts for n in part_nodes(p)])[:1] if fuse.op.kind == "warp" else ()
+        places: list[Node] = [before, *later, *beside]
+        return min(places, key=self.view.effects.position.__getitem__)
+
+    def call(self, op: Operator, source: Node, beside: Sequence[Node] = ()) -> Node:
+        """Call the layer of `op` on `source` and what it reads `beside` it, where the graph is inserting."""
+        name, x, spatial = self._name(op), source, op.spatial or 0
+        if op.reads is not None:
+            x = self.graph.call_function(torch.narrow, (x, -spatial - 1, op.reads[0], len(op.reads)))
+        if needs_pad(op):
+            amounts = [a for low, high in op.padding[::-1] for a in (low, high)]
+            mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
+            value: Any = op.pad_value if mode == "constant" else None
+            x = self.graph.call_function(F.pad, (x, amounts, mode, value))
+        return self.graph.call_module(name, (x, *beside))
+
+    def _pooled(self, x: Node, fuse: Fuse, pool: Node) -> Node:
+        """What `pool` makes of `x` instead of its own input, and the bias added to it."""
+        read = self.view.affine[pool].inputs[0][0]
+        pooled = self.graph.node_copy(pool, lambda n: x if n is read or n is self._current(read) else n)
+        if fuse.shift is None:
+            return pooled
+        bias = self.graph.get_attr(f"{self._name(fuse.shift)}.bias")
+        shape = (-1, *(1,) * (fuse.shift.spatial or 0))
+        bias = self.graph.call_function(torch.reshape, (bias, shape))
+        bias = self.graph.call_method("type_as", (bias, pooled))  # which autocast may have made narrower
+        return self.graph.call_function(torch.add, (pooled, bias))
 
     def _is_norm(self, node: Node) -> bool:
         call = self.view.calls.get(node)
@@ -312,7 +320,7 @@ class Rewriter:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
         captured = self.view.captured
         known = {spelled(captured.root, path): module for path, module in captured.modules.items()}
-        return captured.modules | known | self.layers
+        return captured.modules | known | {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
 
     def params(self) -> int:
         """Parameters that the rewritten graph uses, each tensor once."""
@@ -323,23 +331,14 @@ class Rewriter:
                 used.update((id(p), p.numel()) for p in modules[str(node.target)].parameters())
             elif node.op == "get_attr" and node.target not in self.view.captured.constants:
                 owner, _, name = str(node.target).rpartition(".")
-                value = getattr(root.get_submodule(owner), name)
+                made = self.layers.get(str(node.target))
+                value = getattr(root.get_submodule(owner), name) if made is None else made
                 used.update({id(value): value.numel()} if isinstance(value, nn.Parameter) else {})
         return sum(used.values())
 
     def build(self, memo: dict[int, Any]) -> GraphModule:
         """The GraphModule of the rewritten graph; `memo` as in `assemble`."""
         return assemble(self.view.captured, self.graph, self.layers, memo)
-
-
-def _whole_trees(done: list[Site], sites: tuple[Site, ...]) -> list[Site]:
-    """Sites that share a factor with one that is left out are left out too: the factor stays."""
-    count = len(sites)
-    while count != len(done):
-        count, whole = len(done), {id(s) for s in done}
-        kept = {n for s in sites if id(s) not in whole for n in s.nodes()}
-        done = [s for s in done if kept.isdisjoint(s.nodes())]
-    return done
 
 
 def _ends_in_coefficient(piece: tuple[Segment, ...]) -> bool:

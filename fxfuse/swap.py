@@ -4,7 +4,8 @@ Exact: a pool without padding is the same weighted mean on every channel, its we
 convolution with its bias is the same affine map at every position (W mean(x) + b = mean(W x + b)); so is a batch
 norm between the two. The transitions of DenseNet do a quarter of the work so.
 
-The captured graph is changed, before the plan that counts: the planner only decides what becomes one layer.
+The captured graph is changed, before the plan that counts: the planner only decides what becomes one layer. The other
+direction, which needs no other plan, is `layer_first`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+import torch
 from torch.fx import Node
 
 from .arguments import Affine
 from .cost import CostFunction
+from .fact import KNOWN
 from .pattern import Selection
 from .record import Operator
 from .refusal import Refusal
@@ -54,7 +57,7 @@ def _before(view: View, pool: Node, op: Operator) -> list[Node]:
 
 
 def _allowed(layer: Affine, pool: Operator, patterns: Selection, price: CostFunction) -> bool:
-    if not layer.op.pointwise or isinstance(patterns.combine("chain", layer.op, pool), Refusal):
+    if not layer.op.pointwise or isinstance(patterns.combine("swap", layer.op, pool), Refusal):
         return False
     return price(layer.op, pool.pixels) < price(layer.op, Fraction(1))
 
@@ -67,7 +70,7 @@ def _swapped(view: View, pool: Node, nodes: list[Node]) -> Fired:
     first = replace(op, in_channels=width, out_channels=width, groups=width)
     return Fired(
         path=conv.path,
-        patterns=("avg_pool",),
+        patterns=("pool_swap",),
         before=(conv.describe(), op.describe()),
         after=f"{first.describe()}, {conv.describe()}",
         macs_before=macs[0],
@@ -82,3 +85,18 @@ def _rewire(view: View, pool: Node, nodes: list[Node]) -> None:
     conv.prepend(pool)
     pool.replace_input_with(last, source)
     conv.replace_input_with(source, pool)
+    _resize(view, pool, nodes)
+
+
+def _resize(view: View, pool: Node, nodes: list[Node]) -> None:
+    """Correct what is noted of their shapes: all behind the pool have the size it gave, and it has other channels."""
+    axis, width = -(view.affine[pool].op.spatial or 0) - 1, view.affine[nodes[-1]].op.in_channels
+    if pool.meta.get(KNOWN) is not None:
+        sizes, dtype = pool.meta[KNOWN]
+        for node in nodes:
+            node.meta[KNOWN] = (sizes, dtype)
+        pool.meta[KNOWN] = ((*sizes[:axis], width, *sizes[axis:][1:]), dtype)
+    if isinstance(view.shapes, dict) and pool in view.shapes:
+        shape = view.shapes[pool]
+        view.shapes.update(dict.fromkeys(nodes, shape))
+        view.shapes[pool] = torch.Size((*shape[:axis], width, *shape[axis:][1:]))

@@ -41,6 +41,8 @@ def compute(op: Operator, source: Values) -> Numbers:
         factor[run] = weight
         shift[run] = 0 if bias is None else bias
         return Numbers.of(factor, shift if op.bias else None)
+    if op.law == "unbiased":
+        return Numbers(parts[0].terms, None, parts[0].shape)
     if op.law == "spread":
         each = op.const("each") or 1
         bias = bias.repeat_interleave(each) if op.bias and bias is not None else None

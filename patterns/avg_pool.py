@@ -1,8 +1,7 @@
 """conv -> avg_pool => conv,  conv1(x) + avg_pool(x) => conv      the pool is a depthwise kernel of 1/k^2
 
 Exact where every window divides by the same count: no padding, or count_include_pad, no ceil_mode and no
-divisor_override (Diverse Branch Block, Ding et al. 2021, transform V). A pool alone stays a pool; one that leaves
-fewer positions than it reads goes before a 1x1 convolution, with which it commutes, as there it saves work.
+divisor_override (Diverse Branch Block, Ding et al. 2021, transform V). A pool alone stays a pool.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ class _PoolBeside(nn.Module):
 @register
 class AvgPool(Pattern):
     name = "avg_pool"
-    law = (
-        "conv -> avg_pool => conv;  avg_pool -> conv => conv;  conv(x) + avg_pool(x) => conv;  "
-        "1x1 conv -> avg_pool => avg_pool -> 1x1 conv"
-    )
+    law = "conv -> avg_pool => conv;  avg_pool -> conv => conv;  conv(x) + avg_pool(x) => conv"
     relations = ("chain", "sum")
     refused_when = "count_include_pad=False at a padded border, ceil_mode, divisor_override, or a dearer kernel"
 

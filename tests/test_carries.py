@@ -128,7 +128,7 @@ FROM_IMAGES: dict[str, Case] = {
     ),
     "nextvit's attention": (
         lambda s, x: s.attend(x), {"b": bn(2), "n": bn(), "p": nn.AvgPool1d(2), "q": linear(), "k": linear(),
-                                   "v": linear()}, "linear 3 mul 1",
+                                   "v": linear()}, "linear 2 mul 1",
     ),
     "its size is asked": (
         lambda s, x: (lambda y: s.c(y).reshape(y.size(0), -1, y.shape[2] * y.shape[3]).relu())(s.n(s.b(x))),

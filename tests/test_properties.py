@@ -23,7 +23,7 @@ import fxfuse
 from fxfuse import Operator, pattern
 from fxfuse.record import IDENTITY
 
-NAMES = ("avg_pool", "border", "concat", "conv_bn", "conv_chain", "identity", "parallel_conv")
+NAMES = "avg_pool border concat conv_bn conv_chain identity parallel_conv pool_swap siblings".split()
 SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=SLOW, database=None)
 settings.register_profile("hunt", deadline=None, max_examples=3000, suppress_health_check=SLOW)
@@ -141,7 +141,7 @@ def _kinds() -> list[Operator]:
     return [IDENTITY, *(Operator(kind=kind, law=kind).at(2, 4) for kind in kinds)]
 
 
-@pytest.mark.parametrize("relation", ("chain", "sum", "concat"))
+@pytest.mark.parametrize("relation", ("chain", "sum", "concat", "siblings", "swap"))
 def test_built_in_patterns_never_overlap(relation: str) -> None:
     """Which is why their order cannot matter."""
     known = [pattern.known()[name] for name in NAMES if relation in pattern.known()[name].relations]

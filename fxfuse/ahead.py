@@ -20,7 +20,7 @@ from .record import Operator
 
 
 @dataclass(frozen=True)
-class Gatherer:
+class Ahead:
     """Finds them; `readers` are those of a node's data."""
 
     affine: Mapping[Node, Affine]

@@ -1,0 +1,54 @@
+"""1x1 conv -> avg_pool  =>  avg_pool -> 1x1 conv,  and back      the pool where it has fewer values to average
+
+Exact: a pool without padding is the same weighted mean on every channel, its weights sum to one, and a pointwise
+convolution with its bias is the same affine map at every position (W mean(x) + b = mean(W x + b)). A pool that pads
+and counts the padding averages zeros in; there the bias is added after it. A pool that shrinks the map goes first, as
+in the transitions of DenseNet, which do a quarter of the work so; one that keeps the map goes behind a convolution
+that shrinks the channels, as in the pool branches of Inception.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+
+
+@register
+class PoolSwap(Pattern):
+    name = "pool_swap"
+    law = "1x1 conv -> avg_pool => avg_pool -> 1x1 conv;  avg_pool -> 1x1 conv => 1x1 conv -> avg_pool"
+    relations = ("swap",)
+    refused_when = (
+        "the convolution is not pointwise, the pool would average more values, or it is no convolution itself "
+        "(count_include_pad=False at a padded border, ceil_mode, divisor_override)"
+    )
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        return {f.kind, g.kind} == {"pool", "conv"}
+
+    examples = (
+        Example(
+            "the transition of a DenseNet",
+            lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.AvgPool2d(2)),
+            (2, 4, 6, 7),
+        ),
+        Example(
+            "the pool branch of an Inception module",
+            lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2), nn.ReLU()),
+            (2, 8, 6, 7),
+        ),
+        Example(
+            "a convolution that widens",
+            lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(2, 8, 1)),
+            (2, 2, 6, 7),
+            reason="more channels to average",
+        ),
+        Example(
+            "a pool that pads without counting the padding",
+            lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Conv2d(8, 2, 1)),
+            (2, 8, 6, 7),
+            reason="no convolution",
+        ),
+    )

@@ -1,0 +1,66 @@
+"""relu(conv1(x)), relu(conv2(x))  =>  slices of relu(conv(x))      W' = [W1; W2],  b' = [b1; b2]
+
+Exact: an output channel depends on its own rows alone, and an activation on its own element. The 1x1 convolutions
+at the head of an Inception module (Szegedy et al. 2016, figure 5) or of a residual block and its shortcut read their
+input once so, and linear layers of one input (query, key and value) are one matrix product.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import nn
+
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+
+
+class _Apart(nn.Module):
+    """Layers of one input, an activation after each, and a product of what they give."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        first, second = (F.relu(layer(x)) for layer in self.layers)
+        return first * second.mean((-1, -2), keepdim=True)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+
+@register
+class Siblings(Pattern):
+    name = "siblings"
+    law = "relu(conv1(x)), relu(conv2(x)) => slices of relu(conv(x))"
+    relations = ("siblings",)
+    refused_when = (
+        "kernels, strides, paddings or dtypes differ, a layer is grouped, the slices are more than what is not read "
+        "again, or somebody may notice that a slice is not contiguous"
+    )
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        return f.kind == g.kind == "conv"
+
+    examples = (
+        Example("two 1x1 of one input", lambda: _Apart(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)), (2, 8, 6, 7)),
+        Example("query, key and value", lambda: _Attention(4), (2, 5, 4)),
+        Example(
+            "a 1x1 beside a 3x3",
+            lambda: _Apart(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)),
+            (2, 8, 6, 7),
+            reason="different kernels",
+        ),
+        Example(
+            "slices that are more than the input",
+            lambda: _Apart(nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)),
+            (2, 4, 6, 7),
+            reason="would cost more than",
+        ),
+    )
