@@ -158,12 +158,12 @@ def _addmm(args: dict[str, Any]) -> Call | None:
     """bias + x @ W.t(), which is what a linear layer is decomposed to."""
     if (args["beta"], args["alpha"]) != (1, 1):
         return None
-    return _product({"input": args["mat1"], "other": args["mat2"]}, args["input"])
+    return _product({"input": args["mat1"], "other": args["other"]}, args["input"])
 
 
 def _product(args: dict[str, Any], bias: Any = None) -> Call | None:
     """x @ W.t(), the transpose being seen; whether W is a constant is for the readers of layers to ask."""
-    weight = _untransposed(args.get("mat2", args.get("other")))
+    weight = _untransposed(args["other"])
     return None if weight is None else Call("linear", {"input": args["input"], "weight": weight, "bias": bias}, 0)
 
 
