@@ -158,7 +158,7 @@ def _addmm(args: dict[str, Any]) -> Call | None:
     """bias + x @ W.t(), which is what a linear layer is decomposed to."""
     if (args["beta"], args["alpha"]) != (1, 1):
         return None
-    return _product({"input": args["mat1"], "other": args["mat2"]}, args["input"])
+    return _product({"input": args["mat1"], "other": args["other"]}, args["input"])
 
 
 def _product(args: dict[str, Any], bias: Any = None) -> Call | None:
