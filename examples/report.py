@@ -15,7 +15,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.bordered = nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.bordered = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
         self.separable = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16, bias=False), nn.Conv2d(16, 32, 1), nn.ReLU())
         self.batch = nn.Sequential(nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8, track_running_stats=False))
 

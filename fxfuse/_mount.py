@@ -31,4 +31,4 @@ def mount() -> None:
     beside = _HERE.parent / "patterns" / "__init__.py"
     mounted = any(isinstance(f, _PatternsFinder) for f in sys.meta_path)
     if not mounted and not (_HERE / "patterns").exists() and beside.exists():
-        sys.meta_path.insert(0, _PatternsFinder())  # before the finder of another checkout that is installed
+        sys.meta_path.insert(0, _PatternsFinder())  # before that of another checkout, installed for editing

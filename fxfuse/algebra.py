@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .proof import bias_is
+from . import border
 from .record import Ints, Operator
 from .refusal import Refusal
 
 Result = Operator | Refusal
+FRAME = 2  # executed nodes of a frame
 
 
 def compose(f: Operator, g: Operator) -> Result:
@@ -25,7 +26,7 @@ def compose(f: Operator, g: Operator) -> Result:
 
     With f: K1, s1, d1, P1 and g: K2, s2, d2, P2 it has stride s1*s2, padding P1 + s1*P2 and taps at
     i*d1 + j*d2*s1. Exact in a dim iff g does not pad it, or f has one tap there and the value f
-    takes outside of its input (its bias) is the value that g pads with.
+    takes outside of its input (its bias) is the value that g pads with. See `framed` where it is not.
     """
     f, g = _same_layout(f, g)
     if refusal := meet(f, g, f.out_channels, g.in_channels):
@@ -38,17 +39,25 @@ def compose(f: Operator, g: Operator) -> Result:
         return replace(g, dtype=g.dtype or f.dtype)
     if g.kind == "identity":
         return replace(f, dtype=f.dtype or g.dtype)
-    if g.weighted and not f.weighted and _widens(f):
-        return Refusal(
-            "a constant may broadcast the channels, which the layer after it would then miss",
-            remedy="let the constant follow a layer that fixes their number",
-        )
-    return _transposed_chain(f, g) or _border(f, g) or product(f, g)
+    return _transposed_chain(f, g) or border.refuse(f, g) or product(f, g)
 
 
-def _widens(f: Operator) -> bool:
-    """Whether `f` has a factor of more channels than the input of another size may have."""
-    return ("widens", True) in f.consts or any(map(_widens, f.operands))
+def framed(f: Operator, g: Operator) -> Result:
+    """g(f(x)) as one operator with a frame, where g pads with another value than f gives out of bounds.
+
+    The frame holds, for each tap, what the two differ by: W2 * (padded value - b1), summed over the channels.
+    """
+    f, g = _same_layout(f, g)
+    refusal = meet(f, g, f.out_channels, g.in_channels) or border.refuse_frame(f, g)
+    return refusal or replace(product(f, g), framed=True, pad_value=0)
+
+
+def needs_frame(f: Operator, g: Operator) -> bool:
+    """Whether g(f(x)) is one operator with a frame and none without."""
+    f, g = _same_layout(f, g)
+    if f.kind == "identity" or f.spatial != g.spatial or not g.pads or border.refuse_frame(f, g):
+        return False
+    return not border.matches(f, g)
 
 
 def product(f: Operator, g: Operator) -> Operator:
@@ -75,7 +84,8 @@ def product(f: Operator, g: Operator) -> Operator:
             groups=groups,
             bias=f.bias or g.bias,
             padding_mode=f.padding_mode if f.pads else g.padding_mode,
-            pad_value=f.pad_value if f.pads else (0 if g.pads and _ring_matches(f, g) else g.pad_value),
+            pad_value=f.pad_value if f.pads else (0 if g.pads and border.matches(f, g) else g.pad_value),
+            framed=f.framed or g.framed,
         )
     )
 
@@ -193,37 +203,6 @@ def _transposed_chain(f: Operator, g: Operator) -> Refusal | None:
     return None
 
 
-def _ring_matches(f: Operator, g: Operator) -> bool:
-    """Whether f, fed zeros, gives on every channel the value that g pads with."""
-    if not f.bias:
-        return isinstance(g.pad_value, (int, float)) and g.pad_value == 0
-    return bias_is(f, g.pad_value)
-
-
-def _border(f: Operator, g: Operator) -> Refusal | None:
-    padded = [d for d, p in enumerate(g.padding) if p != (0, 0)]
-    if not padded or g.transposed:
-        return None
-    if any(f.kernel[d] != 1 for d in padded):
-        return Refusal(
-            "the second one pads what a kernel of more than one tap made: the border would differ",
-            detail=f"{f.describe()} then {g.describe()}",
-            remedy="put the whole padding in the first layer and none in the second",
-        )
-    if g.padding_mode != "zeros":
-        plain = not f.pads and all(f.stride[d] == 1 for d in padded)
-        return None if plain else Refusal(f"{g.padding_mode} padding after a stride or another padding")
-    if f.pads and (f.padding_mode != "zeros" or f.pad_value != 0):
-        return Refusal("two paddings of different values meet")
-    if not _ring_matches(f, g):
-        return Refusal(
-            "the second one pads with a value that is not the bias of the first: the border would differ",
-            detail=f"{f.describe()} then {g.describe()}",
-            remedy="drop the first bias, pad before the first layer, or pad with its bias",
-        )
-    return None
-
-
 def _chain_taps(f: Operator, g: Operator, dim: int) -> tuple[int, int]:
     """Kernel size and dilation of taps i*d1 + j*d2*s1."""
     k1, k2 = f.kernel[dim], g.kernel[dim]
@@ -320,6 +299,7 @@ def _unite_taps(ops: Sequence[Operator]) -> Result:
         dilation=tuple(dilation),
         padding=tuple(padding),
         bias=any(o.bias for o in ops),
+        framed=any(o.framed for o in ops),
         padding_mode=mode,
         pad_value=value,
     )
@@ -328,7 +308,8 @@ def _unite_taps(ops: Sequence[Operator]) -> Result:
 def finish(op: Operator) -> tuple[Operator, int] | Refusal:
     """`op` in a form that PyTorch's layers can hold, and how many nodes execute it.
 
-    A run of channels costs one `narrow`, a padding that no layer can express one `F.pad`.
+    A run of channels costs one `narrow`, a padding that no layer can express one `F.pad`, a frame its
+    convolution and a sum.
     """
     if not op.weighted:
         return Refusal("there is no convolution or linear layer to absorb it")
@@ -340,9 +321,9 @@ def finish(op: Operator) -> tuple[Operator, int] | Refusal:
         op = densify(op, 1, full=True)
     if op.pads and not isinstance(op.pad_value, (int, float)):
         return Refusal("it would need a padding with a value for each channel")
-    return op, 1 + (op.reads is not None) + needs_pad(op)
+    return op, 1 + (op.reads is not None) + needs_pad(op) + FRAME * op.framed
 
 
 def needs_pad(op: Operator) -> bool:
     """Whether the padding of `op` needs an `F.pad` of its own."""
-    return op.pads and (op.pad_value != 0 or any(low != high for low, high in op.padding))
+    return op.pads and not op.framed and (op.pad_value != 0 or any(low != high for low, high in op.padding))

@@ -11,11 +11,13 @@ from fractions import Fraction
 from functools import reduce
 from itertools import pairwise
 
+from torch.fx import Node
+
 from . import algebra
 from .partition import Price
 from .record import Operator
 from .refusal import Refusal
-from .regions import Chain, Join
+from .regions import Chain, Join, exit_of
 
 Result = Operator | Refusal
 NO_LAYER = "exact, but there is no convolution or linear layer to absorb it, and a new one would cost more"
@@ -26,7 +28,7 @@ class Apart:
     """`combine` and `price` are the planner's."""
 
     combine: Callable[[str, Result, Result], Result]
-    price: Callable[[Operator, Fraction], Price]
+    price: Callable[[Operator, Fraction, int, Node | None], Price]
 
     def in_chain(
         self, chain: Chain, ops: Sequence[Result], cuts: Sequence[tuple[int, int]], areas: Sequence[Fraction]
@@ -41,11 +43,11 @@ class Apart:
                 continue
             last = chain.parts[right[0]]
             both = self.combine("chain", f, g)
-            apart = ((f, areas[left[1]]), (g, areas[right[1]]))
+            apart, end = ((f, areas[left[1]]), (g, areas[right[1]])), exit_of(chain.parts[left[0] : right[1]])
             if isinstance(both, Operator):
-                refusal = self._dear(both, apart, areas[right[1]])
+                refusal = self._dear(both, apart, areas[right[1]], end)
             elif _multipliable(f, g):
-                numbers = self._dear(algebra.product(f, g), apart, areas[right[1]]).detail
+                numbers = self._dear(algebra.product(f, g), apart, areas[right[1]], end).detail
                 refusal = replace(both, detail=f"{both.detail}; merged, {numbers}" if both.detail else numbers)
             else:
                 refusal = both
@@ -59,10 +61,10 @@ class Apart:
         ops = [(o, area) for o in groups if isinstance(o, Operator)]
         path = next((o.path for o, _ in ops if o.path), str(join.node))
         if any(o.weighted for o, _ in ops):
-            return [self._dear(whole, ops, area).at(path)]
+            return [self._dear(whole, ops, area, join.node).at(path)]
         return [Refusal(NO_LAYER, where=path)] if any(o.kind == "pool" for o, _ in ops) else []
 
-    def _dear(self, both: Operator, apart: Sequence[tuple[Operator, Fraction]], area: Fraction) -> Refusal:
+    def _dear(self, both: Operator, apart: Sequence[tuple[Operator, Fraction]], area: Fraction, end: Node) -> Refusal:
         """The refusal of a merge that is exact but does not pay, with its two numbers."""
         ready = algebra.finish(both)
         pattern = both.applied[-1] if len(set(both.applied)) == 1 else ""
@@ -70,12 +72,14 @@ class Apart:
         pattern = new[0] if new else pattern
         if isinstance(ready, Refusal):
             return ready.by(pattern)
-        together = self.price(ready[0], area)[1]
-        before = sum((self.price(o, a)[1] for o, a in apart), Fraction(0))
+        together = self.price(ready[0], area, 1, end)[1]
+        before = sum((self.price(o, a, 1, end)[1] for o, a in apart), Fraction(0))
         unit = area if area else Fraction(1)
+        plain = self.price(replace(ready[0], framed=False), area, 1, end)[1]
+        of_border = f", {_number((together - plain) / unit)} of it for the border" if ready[0].framed else ""
         return Refusal(
             "exact, but merged it would cost more",
-            detail=f"{_number(together / unit)} instead of {_number(before / unit)} per output position",
+            detail=f"{_number(together / unit)} instead of {_number(before / unit)} per output position{of_border}",
             remedy=f'patterns=["{pattern}!"] merges it all the same' if pattern else "",
             pattern=pattern,
         )

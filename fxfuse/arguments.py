@@ -24,7 +24,8 @@ class Affine:
 
     `kind` is "unary", "sum" or "concat"; `spatial` is the layout a concatenation fixes. `assumes`
     is a rank taken for granted (a batch dim before the channels), to be guarded where the node is
-    fused. `extra` are nodes that go with it: the slice assignments of a border fill.
+    fused; so is `width`, a number of channels that only the examples have. `extra` are nodes that go with
+    it: the slice assignments of a border fill.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Affine:
     op: Operator = IDENTITY
     spatial: int | None = None
     assumes: int | None = None
+    width: int | None = None
     extra: tuple[Node, ...] = ()
 
 

@@ -19,6 +19,7 @@ from .dynamo import Traced, exposed_state, frozen_state, inside_regions, number_
 from .entry import Entry, How, Planned, Variants, attribute, untouched
 from .functional import functional
 from .inner import mode_options
+from .materialize import PARAMETERS
 from .pattern import select
 from .planning import make_plan
 from .prepare import prepare
@@ -162,7 +163,7 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     watch_optimizers()
     names = {name: op for op, name in rewriter.names.items()}
     made = functional(rewriter.graph, rewriter.layers)
-    folded = {path: (names[name], int(place == "bias")) for path, (name, place) in made.items()}
+    folded = {path: (names[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
     constants = {path: attribute(take.captured.root, path) for path in held}
     return Planned(rewriter.graph, take.state, folded, constants, report)
 

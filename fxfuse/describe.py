@@ -51,7 +51,7 @@ def _plain(name: str) -> str:
     flat = name.strip("_").lower()
     if flat.startswith(("batchnorm", "batch_norm", "native_batch_norm")):
         return "batch_norm"
-    return "conv" if flat.startswith("conv") else _ALIASES.get(flat, flat)
+    return "conv" if flat.startswith(("conv", "framedconv")) else _ALIASES.get(flat, flat)
 
 
 def macs(view: View) -> int | None:
@@ -62,7 +62,9 @@ def macs(view: View) -> int | None:
 
 
 def _macs(op: Operator, node: Node, view: View) -> int:
-    return view.shapes[node].numel() // op.out_channels * op.macs
+    shape, spatial = view.shapes[node], op.spatial or 0
+    frame = op.frame_conv.macs * shape[len(shape) - spatial :].numel() if op.framed else 0
+    return shape.numel() // op.out_channels * op.macs + frame
 
 
 def fired(plan: Plan, view: View, names: Mapping[Operator, str]) -> tuple[Fired, ...]:

@@ -19,6 +19,7 @@ from torch.fx import Node
 from . import aten, deformable
 from .call import Call
 from .constants import Attr
+from .framed import FRAMED
 from .layers import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, layer_type, replaced_forward
 from .names import is_aten, plain
 from .refusal import Refusal
@@ -177,6 +178,8 @@ def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
         names = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
         args |= {n: getattr(m, n) for n in names}
         args |= {n: _state(m, n, path, attr) for n in ("weight", "bias")}
+        if isinstance(m, tuple(FRAMED.values())):
+            args |= {"frame": _state(m, "frame", path, attr), "sides": m.sides}
         return Call("conv_transpose" if m.transposed else "conv", args, CONVS[cls], path)
     if cls is nn.Linear:
         return Call("linear", args | {n: _state(m, n, path, attr) for n in ("weight", "bias")}, 0, path)

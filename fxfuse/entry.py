@@ -44,7 +44,7 @@ class Planned:
     """A rewritten graph of functions, and where its attributes come from.
 
     `state` are paths of the model's tensors by argument position; `folded` the operator and the place
-    (0 weight, 1 bias) of those computed from them; `constants` belong to the graph.
+    (in `PARAMETERS`) of those computed from them; `constants` belong to the graph.
     """
 
     graph: Graph

@@ -43,9 +43,8 @@ def feasible(plan: Plan, view: View, values: Values | None) -> tuple[Plan, Built
         numbers = stored[op]
         if not isinstance(numbers, Refusal):
             trained = any(map(view.captured.requires_grad, sources(op)))
-            weight, bias = numbers
-            only_bias = bias if op in shifts else None
-            built[op] = layer(op, weight, bias, trained) if only_bias is None else nn.Parameter(only_bias, trained)
+            only_bias = numbers[1] if op in shifts else None
+            built[op] = layer(op, numbers, trained) if only_bias is None else nn.Parameter(only_bias, trained)
     refusals = tuple(dict.fromkeys((*plan.refusals, *refused.values())))
     return replace(plan, sites=tuple(done), refusals=refusals, siblings=siblings), built
 

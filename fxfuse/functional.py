@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
 from .deformable import call_function, is_deformable
+from .materialize import PARAMETERS
 
 
 def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, tuple[str, str]]:
@@ -24,8 +27,8 @@ def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> 
         name, layer = str(node.target), layers[str(node.target)]
         state: list[Node | None] = []
         with graph.inserting_before(node):
-            for parameter in ("weight", "bias"):
-                if getattr(layer, parameter) is None:
+            for parameter in PARAMETERS:
+                if getattr(layer, parameter, None) is None:
                     state.append(None)
                     continue
                 attributes[f"{name}.{parameter}"] = (name, parameter)
@@ -40,7 +43,8 @@ def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> 
     return attributes
 
 
-def _call(graph: Graph, layer: Any, args: tuple[Any, ...], state: list[Node | None]) -> Node:
+def _call(graph: Graph, layer: Any, args: tuple[Any, ...], parameters: list[Node | None]) -> Node:
+    *state, frame = parameters
     if is_deformable(layer):
         return call_function(graph, layer, args, state)
     (x,) = args
@@ -54,5 +58,14 @@ def _call(graph: Graph, layer: Any, args: tuple[Any, ...], state: list[Node | No
     if layer.padding_mode != "zeros":
         x = graph.call_function(F.pad, (x, layer._reversed_padding_repeated_twice, layer.padding_mode))
         padding = (0,) * rank
-    geometry = (layer.stride, padding, layer.dilation, layer.groups)
-    return graph.call_function(getattr(F, f"conv{rank}d"), (x, *state, *geometry))
+    convolve, geometry = getattr(F, f"conv{rank}d"), (layer.stride, padding, layer.dilation, layer.groups)
+    if frame is None:
+        return graph.call_function(convolve, (x, *state, *geometry))
+    sizes = [graph.call_method("size", (x, d)) for d in range(-rank, 0)]
+    inside = graph.call_method("new_zeros", (x, (1, 1, *sizes)))
+    border = graph.call_function(F.pad, (inside, layer.amounts, "constant", 1.0))
+    border = graph.call_function(convolve, (border, frame, None, layer.stride, 0, layer.dilation))
+    if layer.uneven:
+        x = graph.call_function(F.pad, (x, layer.amounts))
+    out = graph.call_function(convolve, (x, *state, *geometry))
+    return graph.call_function(torch.add, (out, graph.call_function(operator.getitem, (border, 0))))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-CONVS = {
+from .framed import FRAMED
+
+CONVS: dict[type[nn.Module], int] = {
+    **{layer: spatial for spatial, layer in FRAMED.items()},
     nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3,
     nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3,
 }  # fmt: skip

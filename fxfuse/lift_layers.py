@@ -40,8 +40,11 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     if isinstance(call.args["padding"], str):
         total = [d * (k - 1) if call.args["padding"] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         padding = tuple((t // 2, t - t // 2) for t in total)
+    elif "sides" in call.args:
+        padding = call.args["sides"]
     else:
         padding = tuple((p, p) for p in ints(call.args["padding"], spatial))
+    frame = (("frame", tensor(call, "frame", spatial + 2)),) if "frame" in call.args else ()
     if mode == "circular" and not any(map(any, padding)):
         return Refusal(
             "circular padding, even of no width, copies its input, whose order in memory shows in the result",
@@ -60,11 +63,12 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
         groups=groups,
         bias=bias is not None,
         padding_mode=mode if any(p != (0, 0) for p in padding) else "zeros",
+        framed=bool(frame),
         transposed=transposed,
         output_padding=ints(call.args["output_padding"], spatial) if transposed else (0,) * spatial,
         dtype=one_dtype(weight, bias),
         path=call.path or _owner(weight, node),
-        consts=(("weight", weight), ("bias", bias)),
+        consts=(("weight", weight), ("bias", bias), *frame),
     )
     return unary(call, op)
 

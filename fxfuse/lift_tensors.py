@@ -15,6 +15,8 @@ from .names import plain
 from .record import IDENTITY, pointwise
 from .refusal import Refusal
 
+PASS_DTYPE = "pass example_inputs to optimize, they settle the dtype"
+
 
 def _arithmetic(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:
     left, right = call.args["input"], call.args["other"]
@@ -45,6 +47,8 @@ def _scaled(
     constant = factor if isinstance(factor, (Attr, Apply)) else shift
     consts: tuple[tuple[str, Any], ...] = (("factor", factor), ("inverse", inverse), ("shift", shift), ("alpha", alpha))
     fact = facts[source]
+    if fact.dtype is None and isinstance(constant, (Attr, Apply)) and any(n > 1 for n in constant.shape):
+        return Refusal("a constant meets a tensor of unknown dtype, which it may promote", remedy=PASS_DTYPE)
     if fact.dtype is None or not (fact.dtype.is_floating_point or fact.dtype.is_complex):
         raise Unknown  # an integer would be promoted
     fields: dict[str, Any] = {"consts": consts, "bias": not (isinstance(shift, (int, float)) and shift == 0)}
@@ -79,11 +83,9 @@ def _scaled(
         return Refusal("a constant may broadcast the channels of the tensor it meets", remedy=PASS_EXAMPLES)
     if met not in (None, width):
         return Refusal("the channel counts differ and broadcast", detail=f"{met} and {width}")
-    if fact.channels(-wide[0] - 1) is None:  # only the examples say so: other inputs may have one channel
-        consts = (*consts, ("widens", True))
-    fields["consts"] = consts
+    certain = fact.channels(-wide[0] - 1) is not None  # else other inputs may have one channel, and become wider
     op = pointwise("scale", "scale", -wide[0] - 1, width, path=path, dtype=dtype, **fields)
-    return Affine("unary", ((source, 1.0),), op, assumes=assumes)
+    return Affine("unary", ((source, 1.0),), op, assumes=assumes, width=None if certain else width)
 
 
 def _neg(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:

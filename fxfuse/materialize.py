@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from . import deformable
 from .constants import Attr, Values, leaves
+from .framed import FRAMED
 from .record import Operator
 from .refusal import Refusal
 from .values import compute
 from .weights import Numbers, overflow
 
-Stored = tuple[Tensor, Tensor | None]
+Stored = tuple[Tensor, Tensor | None, Tensor | None]
+PARAMETERS = ("weight", "bias", "frame")  # of a layer, in the order in which they are stored
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -27,7 +29,7 @@ def sources(op: Operator) -> list[Attr]:
 
 
 def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | Refusal]:
-    """Weight and bias of every operator as its layer stores them, in the layer's dtype and on its device.
+    """Weight, bias and frame of every operator as its layer stores them, in the layer's dtype and on its device.
 
     Refused where that dtype cannot hold the result: numbers that overflow, a channel that vanishes.
     """
@@ -43,17 +45,22 @@ def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | 
 def _stored(op: Operator, numbers: Numbers, values: Values) -> Stored | Refusal:
     device = next((values(a).device for a in sources(op)), torch.device("cpu"))
     dtype = op.dtype or torch.float32
-    weight, bias = numbers.rounded(dtype, op.groups), None
+    weight = numbers.rounded(dtype, op.groups)
     if isinstance(weight, Refusal):
         return weight
-    if op.bias:
-        bias = torch.zeros(op.out_channels, dtype=dtype) if numbers.bias is None else numbers.bias.to(dtype)
-        if numbers.bias is not None and bias.device.type != "meta" and not torch.isfinite(bias).all():
-            return overflow(numbers.bias, dtype)
+    more = list[Tensor | None]()
+    for wanted, shape, exact in (
+        (op.bias, (op.out_channels,), numbers.bias),
+        (op.framed, (op.out_channels, 1, *op.kernel), numbers.frame),
+    ):
+        rounded = torch.zeros(shape, dtype=dtype) if exact is None else exact.to(dtype)
+        if wanted and exact is not None and exact.device.type != "meta" and not torch.isfinite(rounded).all():
+            return overflow(exact, dtype)
+        more.append(rounded.contiguous().to(device) if wanted else None)
     if op.transposed:  # back to [C, N/g, *K]
         weight = weight.reshape(op.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     weight = weight.contiguous(memory_format=_memory_format(op, values, weight))
-    return weight.to(device), None if bias is None else bias.contiguous().to(device)
+    return weight.to(device), more[0], more[1]
 
 
 def _memory_format(op: Operator, values: Values, weight: Tensor) -> torch.memory_format:
@@ -65,12 +72,16 @@ def _memory_format(op: Operator, values: Values, weight: Tensor) -> torch.memory
 
 
 def blank(op: Operator) -> Stored:
-    """Weight and bias of the right shapes without storage, for a dry run."""
+    """Weight, bias and frame of the right shapes without storage, for a dry run."""
     pair = (op.out_channels, op.input_width // op.groups)
     if op.transposed:
         pair = (op.input_width, op.out_channels // op.groups)
-    weight = torch.empty(*pair, *op.kernel, dtype=op.dtype, device="meta")
-    return weight, torch.empty(op.out_channels, dtype=op.dtype, device="meta") if op.bias else None
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=op.dtype, device="meta")
+
+    bias = empty(op.out_channels) if op.bias else None
+    return empty(*pair, *op.kernel), bias, empty(op.out_channels, 1, *op.kernel) if op.framed else None
 
 
 def _uninitialized(cls: type[nn.Module]) -> type[nn.Module]:
@@ -78,11 +89,12 @@ def _uninitialized(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
 
 
-_BLANK = {c: _uninitialized(c) for c in (*_CONV.values(), *_CONV_TRANSPOSE.values(), nn.Linear)}
+_BLANK = {c: _uninitialized(c) for c in (*_CONV.values(), *_CONV_TRANSPOSE.values(), *FRAMED.values(), nn.Linear)}
 
 
-def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Module:
-    """The nn.Conv*, nn.ConvTranspose* or nn.Linear that executes `op`, in eval mode."""
+def layer(op: Operator, stored: Stored, requires_grad: bool) -> nn.Module:
+    """The nn.Conv*, nn.ConvTranspose*, nn.Linear or framed convolution that executes `op`, in eval mode."""
+    weight, bias, frame = stored
     if op.kind == "warp":
         return deformable.layer(op, weight, bias, requires_grad)
     built: nn.Module
@@ -93,14 +105,17 @@ def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool
         mode = op.padding_mode
         padding = tuple(low for low, _ in op.padding)
         outside = any(low != high for low, high in op.padding) or op.pad_value != 0
-        if outside and op.pads:  # an F.pad before the layer does it
+        if outside and op.pads:  # an F.pad before the layer does it, or a framed layer itself
             padding, mode = (0,) * len(padding), "zeros"
         fields = {"stride": op.stride, "padding": padding, "dilation": op.dilation, "groups": op.groups}
         fields |= {"output_padding": op.output_padding} if op.transposed else {"padding_mode": mode}
-        cls = (_CONV_TRANSPOSE if op.transposed else _CONV)[op.spatial or 0]
+        fields |= {"sides": op.padding} if op.framed else {}
+        cls = (_CONV_TRANSPOSE if op.transposed else FRAMED if op.framed else _CONV)[op.spatial or 0]
         built = _BLANK[cls](op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta")
     built.__class__ = cls
     built.weight = nn.Parameter(weight, requires_grad)
     if bias is not None:
         built.bias = nn.Parameter(bias, requires_grad)
+    if frame is not None:
+        built.frame = nn.Parameter(frame, requires_grad)
     return built.eval()

@@ -61,8 +61,8 @@ def optimize(
 
     Where the model's forward cannot be one graph the result is a copy of the model in which the largest
     submodules that can be are replaced. The model is not changed and shares no tensor with the result.
-    Fused layers are ordinary nn.Conv*, nn.ConvTranspose* and nn.Linear modules under the path of what
-    they replace; their weights are computed in float64 and rounded once.
+    Fused layers are ordinary nn.Conv*, nn.ConvTranspose* and nn.Linear modules, or `framed` convolutions,
+    under the path of what they replace; their weights are computed in float64 and rounded once.
 
     Args:
         model: any module in eval mode.

@@ -23,10 +23,14 @@ Axes = frozenset[int]
 
 @dataclass(frozen=True)
 class Division:
-    """Factors in a row after a join, and by the last node of each branch its portion of each of them."""
+    """Factors in a row after a join, and by the last node of each branch its portion of each of them.
+
+    With `before`: factors before a join, and what the layer after it takes of them, to stand in front of that.
+    """
 
     factors: tuple[Node, ...]
     portions: dict[Node, tuple[Operator, ...]]
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def _accepted(node: Node, reader: Node, steps: Mapping[Node, Affine], down: Mapp
         return frozenset()
     op = affine.op
     if op.weighted:
-        return frozenset() if op.pads or op.transposed else frozenset((_axis(op), ANY))
+        return frozenset() if op.transposed else frozenset((_axis(op), ANY))  # what it pads is for the planner to see
     if not passes(op):
         return frozenset()
     here, axes = down[reader], axes_of(op)

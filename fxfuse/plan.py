@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, reduce
 
+import torch
 from torch.fx import Node
 
 from . import algebra
@@ -26,7 +27,7 @@ from .partition import FREE, Group, Price, cut, partition, plus
 from .pattern import Selection
 from .record import IDENTITY, Operator
 from .refusal import Refusal
-from .regions import Chain, Join, Step, find, part_nodes, steps_of
+from .regions import Chain, Join, Step, exit_of, find, part_nodes, steps_of
 from .reorder import orders
 from .sites import Fuse, Keep, Plan, Rejoin, Segment, Site, fuses, kept
 from .view import View
@@ -141,11 +142,16 @@ class Planner:
             return None
         return Fraction(shape.numel(), shape[-spatial - 1])
 
-    def _price(self, op: Operator, area: Fraction, executed: int = 1) -> Price:
+    def _price(self, op: Operator, area: Fraction, executed: int = 1, node: Node | None = None) -> Price:
         forced = sum(name in self.patterns.forced for name in op.applied)
         if op.kind == "identity":
             return (0, Fraction(0), executed)
-        return (-forced, Fraction(self.cost(op, area)), executed)
+        cost = Fraction(self.cost(op, area))
+        if op.framed:  # one map for all samples at `node`
+            shape = self.view.shapes.get(node, torch.Size()) if node is not None else torch.Size()
+            batch = shape[: -(op.spatial or 0) - 1].numel() if op.spatial and shape else 1
+            cost += Fraction(self.cost(op.frame_conv, area / (batch or 1)))
+        return (-forced, cost, executed)
 
     def _chain(self, chain: Chain, area: Fraction) -> _Option:
         """Best cover of the parts in the order that allows the cheapest."""
@@ -222,8 +228,8 @@ class Planner:
 
     def _part(self, part: Step | Join, area: Fraction) -> _Option:
         if isinstance(part, Step):
-            executed = int(part.node is not None) + part.op.computed
-            price = self._price(part.op, self._area(part.node, area, part.op), executed)
+            executed = int(part.node is not None) + part.op.computed + algebra.FRAME * part.op.framed
+            price = self._price(part.op, self._area(part.node, area, part.op), executed, part.node)
             price = STRANDED if part.moved else price
             return _Option(price, (Keep(part),), part.op)
         branches = [self._chain(b, area) for b in part.branches]
@@ -254,7 +260,7 @@ class Planner:
         if self.view.sized and answers(parts, self.view.sized) is None:
             return None  # somebody asks for the size of a value that would be gone
         op, executed = ready
-        return self._price(op, area, executed), Fuse(op, tuple(parts))
+        return self._price(op, area, executed, exit_of(parts)), Fuse(op, tuple(parts))
 
     def _merge(self, kind: str, ops: Sequence[Operator | Refusal]) -> Operator | Refusal:
         ranked = sorted(ops, key=_rank) if kind == "sum" else ops

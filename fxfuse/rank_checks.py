@@ -1,4 +1,4 @@
-"""Run-time checks of ranks that were taken for granted: those of the examples, or a batch dim before an image's."""
+"""Run-time checks of what was taken for granted: ranks and channels of the examples, a batch dim before an image's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from .view import View
 
 GUARD = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
 
+WIDTH = "fxfuse took the input here for a batch of {0} channels; optimize with example_inputs of the channels you use"
+
 
 class RankChecks:
     """Puts the checks into `graph`, one for each tensor and rank; `current` gives what stands for a node by now."""
 
     def __init__(self, graph: Graph, view: View, current: Callable[[Node], Node]) -> None:
         self.graph, self.view, self.current = graph, view, current
-        self.done: set[tuple[Node, int]] = set()
+        self.done: set[tuple[Node, int, int | None]] = set()
 
     def of_layer(self, source: Node, fuse: Fuse) -> None:
         """Check what a merge took for granted; the layer reads `source`."""
@@ -29,18 +31,21 @@ class RankChecks:
         moved = {s.node: affine[s.node].inputs[0][0] for s in steps if s.moved and s.node is not None}
         for node in (n for p in fuse.parts for n in part_nodes(p) if n in affine):
             where = moved.get(node)
-            self.check(source if where is None else self.current(where), affine[node].assumes)
+            reads = source if where is None else self.current(where)
+            self.check(reads, affine[node].assumes)
+            self.check(reads, affine[node].width, -(affine[node].op.spatial or 0) - 1)
             if where in affine and affine[where].kind != "unary":  # a join whose branches it has moved into
                 self.check(self.current(where), affine[where].assumes)
 
-    def check(self, source: Node, rank: int | None) -> None:
-        """Check the rank of a tensor that was taken for granted, once."""
-        if rank is None or (source, rank) in self.done:
+    def check(self, source: Node, size: int | None, axis: int | None = None) -> None:
+        """Check the rank of a tensor that was taken for granted, or its size along an axis, once."""
+        if size is None or (source, size, axis) in self.done:
             return
-        self.done.add((source, rank))
+        self.done.add((source, size, axis))
         with self.graph.inserting_after(source):
-            message = GUARD.format(rank)
+            message = (GUARD if axis is None else WIDTH).format(size)
             check = self.graph.call_function(torch._assert, (source, message))
         with self.graph.inserting_before(check):
-            dims = self.graph.call_method("dim", (source,))
-            check.args = (self.graph.call_function(operator.eq, (dims, rank)), message)
+            found = self.graph.call_method("dim", (source,)) if axis is None else None
+            found = self.graph.call_method("size", (source, axis)) if found is None else found
+            check.args = (self.graph.call_function(operator.eq, (found, size)), message)

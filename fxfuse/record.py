@@ -3,8 +3,10 @@
 On a tensor [B, C, *S] an operator holds a weight [N, C/g, *K], a bias [N] or none, stride s,
 dilation d, padding (low, high) per spatial dim, the value padded, and groups g: output position
 o along a dim reads input positions s*o + i*d - low for taps i. The channel axis is -(S+1), so
-`spatial == 0` is a linear layer on the last axis. The record describes structure only; the numbers
-are computed from `law`, `operands` and `consts` by `values`.
+`spatial == 0` is a linear layer on the last axis. One that is `framed` adds a frame [N, 1, *K]: its
+number of a tap counts at every position where that tap reads out of bounds, as a weight on one more
+input channel that is 1 there and 0 inside. The record describes structure only; the numbers are
+computed from `law`, `operands` and `consts` by `values`.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Operator:
     reads: Ints | None = None
     padding_mode: str = "zeros"
     pad_value: Const = 0
+    framed: bool = False
     transposed: bool = False
     output_padding: Ints = ()
     dtype: torch.dtype | None = None
@@ -106,6 +109,11 @@ class Operator:
     def params(self) -> int:
         return (self.macs + self.bias * self.out_channels) if self.weighted else 0
 
+    @property
+    def frame_conv(self) -> Operator:
+        """What makes the frame: a convolution of the one channel that is 1 out of bounds, once for a whole batch."""
+        return replace(self, in_channels=1, reads=None, groups=1, bias=False, framed=False)
+
     def const(self, name: str) -> Any:
         return dict(self.consts)[name]
 
@@ -161,7 +169,7 @@ class Operator:
             text += " d" + "x".join(map(str, dict.fromkeys(self.dilation)))
         if self.groups > 1 and self.weighted:
             text += f" g{self.groups}"
-        return text
+        return text + " + border" * self.framed
 
 
 IDENTITY = Operator(kind="identity", law="identity")

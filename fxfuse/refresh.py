@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from .assemble import spelled
 from .constants import model_values
 from .fold import tensor_at
-from .materialize import tensors
+from .materialize import PARAMETERS, tensors
 from .refusal import Refusal
 from .report import Report
 from .rewrite import Recipe
@@ -106,7 +106,6 @@ def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
         numbers = computed[recipe.op]
         if isinstance(numbers, Refusal):
             raise ValueError(str(numbers.at(recipe.target)))
-        fresh[f"{recipe.target}.weight"] = numbers[0]
-        if numbers[1] is not None:
-            fresh[f"{recipe.target}.bias"] = numbers[1]
+        held = zip(PARAMETERS, numbers, strict=True)
+        fresh.update({f"{recipe.target}.{name}": value for name, value in held if value is not None})
     return {f"{replay.path}.{name}" if replay.path else name: value for name, value in fresh.items()}

@@ -94,11 +94,11 @@ def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[N
     """
     divisions = [view.passage.divisions[first] for first in divided]
     gone = {factor: view.affine[d.factors[0]].inputs[0][0] for d in divisions for factor in d.factors}
-    portions = {
-        end: [Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True)]
-        for d in divisions
-        for end, ops in d.portions.items()
-    }
+    portions, ahead = dict[Node, list[Step]](), dict[Node, list[Step]]()
+    for d in divisions:
+        for end, ops in d.portions.items():
+            steps = [Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True)]
+            (ahead if d.before else portions).setdefault(end, []).extend(steps)
     copied = {n for root in shared for n in view.passage.trees[root]}
     chains: dict[Node, Chain] = {}
     swallowed: set[Node] = set()
@@ -125,6 +125,7 @@ def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[N
             continue
         if affine.kind == "unary":
             chains[node] = Chain(starts[0].source, starts[0].parts)
+            starts[0].parts.extend([] if starts[0].parts else ahead.get(node, []))
             starts[0].parts.extend((Step(node, affine.op), *portions.get(node, [])))
         elif len({c.source for c in starts}) == 1:
             join, source = _join(node, affine, starts, view), starts[0].source

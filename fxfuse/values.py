@@ -1,7 +1,8 @@
-"""The numbers of an operator: its weight and bias, from the constants it was made of.
+"""The numbers of an operator: its weight, bias and frame, from the constants it was made of.
 
 Everything is computed in float64 (complex128 for complex weights) and rounded once by the caller.
-A weight is [N, C/g, *K] with the output channels first, for transposed convolutions too.
+A weight is [N, C/g, *K] with the output channels first, for transposed convolutions too; a frame is
+[N, 1, *K], the weight on one more channel that is 1 out of bounds and 0 inside.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .weights import RUN, Numbers, Term, double
 
 
 def compute(op: Operator, source: Values) -> Numbers:
-    """Weight and bias of `op` with its constants looked up in `source`."""
+    """Weight, bias and frame of `op` with its constants looked up in `source`."""
     if op.law in LEAVES:
         return LEAVES[op.law](op, source)
     if op.law in ("sum", "concat"):
@@ -26,26 +27,33 @@ def compute(op: Operator, source: Values) -> Numbers:
     parts = [compute(o, source) for o in op.operands]
     if op.law == "compose":
         f, g = op.operands
-        if g.groups == g.out_channels == f.out_channels and not any(k > 1 for k in g.kernel):
-            return _scaled(*parts)
-        return _compose(op, f, g, *parts)
-    weight, bias = parts[0].weight(), parts[0].bias
+        rows_only = g.groups == g.out_channels == f.out_channels and not any(k > 1 for k in g.kernel)
+        both = _scaled(*parts) if rows_only else _compose(op, f, g, *parts)
+        return both._replace(frame=_frame(op, f, g, parts, source)) if op.framed else both
+    weight, bias, frame = parts[0].weight(), parts[0].bias, parts[0].frame
     if op.law == "portion":
         run = slice(*op.const("rows")) if op.const("rows") else slice(None)
         bias = bias[run] if op.bias and bias is not None else None
         return Numbers.of(weight[run].reshape(op.out_channels, 1, *op.kernel), bias)
     if op.law == "unbiased":
         return Numbers(parts[0].terms, None, parts[0].shape)
+    if op.law == "placed":
+        run = slice(op.const("start"), op.const("start") + len(weight))
+        factor, shift = weight.new_ones(op.out_channels, *weight.shape[1:]), weight.new_zeros(op.out_channels)
+        factor[run] = weight
+        shift[run] = 0 if bias is None else bias
+        return Numbers.of(factor, shift if op.bias else None)
     if op.law == "spread":
         each = op.const("each") or 1
         bias = bias.repeat_interleave(each) if op.bias and bias is not None else None
         return Numbers.of(weight.flatten().repeat_interleave(each).reshape(op.out_channels, 1, *op.kernel), bias)
     if op.law == "rows":
         rows = list(op.const("rows"))
-        return Numbers.of(weight[rows], None if bias is None else bias[rows])
+        some = Numbers.of(weight[rows], None if bias is None else bias[rows])
+        return some._replace(frame=None if frame is None else frame[rows])
     inner = op.operands[0]
     full = op.reads is None and inner.reads is not None
-    return Numbers.of(_dense(inner, weight, op.groups, full), bias)
+    return Numbers.of(_dense(inner, weight, op.groups, full), bias)._replace(frame=frame)
 
 
 def _ones(op: Operator, width: int) -> Tensor:
@@ -58,7 +66,8 @@ def _conv(op: Operator, source: Values) -> Numbers:
     if op.transposed:  # [C, N/g, *K] -> [N, C/g, *K], group by group
         g = op.groups
         weight = weight.reshape(g, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-    return Numbers.of(weight, None if bias is None else double(bias))
+    frame = double(evaluate(op.const("frame"), source)) if op.framed else None
+    return Numbers.of(weight, None if bias is None else double(bias))._replace(frame=frame)
 
 
 def _product(op: Operator, source: Values) -> Numbers:
@@ -159,6 +168,35 @@ def _compose(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers)
     return Numbers.of(_placed(op, f, g, product), bias, second.scale)
 
 
+def _frame(op: Operator, f: Operator, g: Operator, parts: list[Numbers], source: Values) -> Tensor:
+    """Q[n,j,i] = Q2[n,j] + sum over m of W2[n,m,j] * D[m,i], where D is what f lacks out of bounds.
+
+    That is its frame; or, where g pads, the value padded less the bias of f, which has one tap in the padded dims.
+    """
+    one, two = parts
+    weight = double(_taps(op, two.weight()))
+    lacks = weight.new_zeros(f.out_channels, math.prod(f.kernel))
+    if one.frame is not None:
+        lacks = one.frame.flatten(1)
+    elif g.pads:
+        first = _padded_value(g, weight, source) - (0 if one.bias is None else one.bias)
+        lacks = torch.cat([first.expand(f.out_channels)[:, None], lacks[:, 1:]], 1)
+    both = torch.promote_types(weight.dtype, lacks.dtype)  # a padding is real where layers are complex
+    weight, lacks = _split(weight.to(both), g.groups), _split(lacks.to(both), g.groups)
+    wide = torch.einsum("gnmj,gmi->gnji", weight, lacks).flatten(0, 1)
+    if two.frame is not None:
+        wide[:, :, 0] += two.frame.flatten(1)
+    return _placed(op, f, g, wide[..., None])
+
+
+def _padded_value(g: Operator, like: Tensor, source: Values) -> Tensor:
+    """What g pads each channel that it reads with, or all of them."""
+    value = evaluate(g.pad_value, source)
+    padded = double(value) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    padded = padded.to(like.device).reshape(-1)
+    return padded if g.reads is None or len(padded) == 1 else padded[list(g.reads)]
+
+
 def _multiplied(rows: Tensor, columns: Tensor) -> Tensor:
     """[G, n, m, taps] times [G, m, c] as [G*n, taps, c], a run of rows at a time permuted and widened."""
     groups, count, middle, taps = rows.shape
@@ -229,6 +267,7 @@ def _branches(op: Operator, source: Values) -> Numbers:
     shape = (op.out_channels, op.input_width // op.groups, *op.kernel)
     branches = list(_summands(op)) if op.law == "sum" else list(op.operands)
     parts = [compute(b, source) for b in branches]
+    frame = _frames(op, branches, parts) if op.framed else None
     if op.law == "sum":
         terms = [
             t._replace(weight=_dense(b, t.weight, op.groups), place=_places(op, b, t.place))
@@ -236,7 +275,7 @@ def _branches(op: Operator, source: Values) -> Numbers:
             for t in n.terms
         ]
         biases = [n.bias for n in parts if n.bias is not None]
-        return Numbers(tuple(terms), sum(biases[1:], biases[0]) if biases else None, shape)
+        return Numbers(tuple(terms), sum(biases[1:], biases[0]) if biases else None, shape, frame)
     first = parts[0].weight()
     weight, bias = first.new_zeros(shape), first.new_zeros(op.out_channels)
     start = 0
@@ -246,7 +285,19 @@ def _branches(op: Operator, source: Values) -> Numbers:
         weight[where] = numbers.weight()
         if numbers.bias is not None:
             bias[rows] = numbers.bias
-    return Numbers.of(weight, bias if op.bias else None)
+    return Numbers.of(weight, bias if op.bias else None)._replace(frame=frame)
+
+
+def _frames(op: Operator, branches: list[Operator], parts: list[Numbers]) -> Tensor:
+    """The frames of all branches in one, each in its taps, and in its rows if they are concatenated."""
+    first = next(n.frame for n in parts if n.frame is not None)
+    frame, start = first.new_zeros(op.out_channels, 1, *op.kernel), 0
+    for branch, numbers in zip(branches, parts, strict=True):
+        rows = slice(None) if op.law == "sum" else slice(start, start := start + branch.out_channels)
+        if numbers.frame is not None:
+            where = (rows, slice(None), *_places(op, branch, ()))
+            frame[where] += numbers.frame
+    return frame
 
 
 def _summands(op: Operator) -> Iterator[Operator]:

@@ -27,6 +27,7 @@ from .effects import Effects, asks_size, shape_reader
 from .fact import Fact
 from .facts import infer
 from .fold import find_constants, tensor_at
+from .gather import Gatherer
 from .lift_layers import LAYERS
 from .lift_tensors import ARITHMETIC
 from .passage import Passage, find_divisions, find_passage
@@ -137,7 +138,7 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
     carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
     finder = Finder(view.calls, shapings, view.affine, dims, view.readers)
-    divisions |= finder.divisions()
+    divisions |= finder.divisions() | Gatherer(view.affine, view.facts, view.effects, view.readers).divisions()
     view = replace(view, unbiased=tuple(finder.unbiased()))
     return replace(view, affine=affine_nodes, passage=replace(passage, divisions=divisions), carries=carries)
 

@@ -44,11 +44,12 @@ class Term(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Terms whose sum is a weight [N, C/g, *K] of shape `shape`; bias [N] in double precision or None."""
+    """Terms whose sum is a weight [N, C/g, *K] of shape `shape`; bias [N] and frame [N, 1, *K] in double precision."""
 
     terms: tuple[Term, ...]
     bias: Tensor | None
     shape: tuple[int, ...]
+    frame: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Numbers:

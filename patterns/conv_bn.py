@@ -22,7 +22,7 @@ class ConvBN(Pattern):
     relations = ("chain",)
     refused_when = (
         "the batch norm uses batch statistics, another reader needs the value between, it stands before a "
-        "zero-padded convolution, or a constant varies along a spatial axis"
+        "zero-padded convolution (see border), or a constant varies along a spatial axis"
     )
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
@@ -50,6 +50,7 @@ class ConvBN(Pattern):
             lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, padding=1)),
             (2, 3, 7, 6),
             reason="pads with a value that is not the bias of the first",
+            patterns=("conv_bn",),
         ),
         Example(
             "batch statistics",

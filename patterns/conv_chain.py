@@ -19,8 +19,8 @@ class ConvChain(Pattern):
     law = "conv1 -> conv2 => conv;  pad -> conv => conv"
     relations = ("chain",)
     refused_when = (
-        "the second convolution pads what a biased or wide first one made (the border would differ), or the "
-        "product costs more than its factors (most chains do)"
+        "the second convolution pads what a biased (see border) or wide first one made, where the border would "
+        "differ, or the product costs more than its factors (most chains do)"
     )
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
@@ -50,6 +50,7 @@ class ConvChain(Pattern):
             lambda: nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 3, padding=1)),
             (2, 2, 7, 6),
             reason="not the bias of the first",
+            patterns=("conv_chain",),
         ),
         Example(
             "a pair that is cheaper apart",

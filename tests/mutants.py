@@ -66,7 +66,14 @@ def no_hooks(patch: Patch) -> None:
 
 
 def no_border(patch: Patch) -> None:
-    patch.setattr(fxfuse.algebra, "_border", lambda f, g: None)
+    patch.setattr(fxfuse.border, "refuse", lambda f, g: None)
+    patch.setattr(fxfuse.algebra, "needs_frame", lambda f, g: False)
+
+
+def no_frame(patch: Patch) -> None:
+    """The border of a merged convolution forgotten: its frame is 0."""
+    original = fxfuse.values._frame
+    patch.setattr(fxfuse.values, "_frame", lambda *args: 0 * original(*args))
 
 
 def transposed_axis(patch: Patch) -> None:
@@ -121,7 +128,8 @@ def concat_axis(patch: Patch) -> None:
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     function.__name__: function
     for function in (
-        no_write, no_alpha, one_reader, norm_of_the_batch, no_hooks, no_border, transposed_axis, across_a_write,
-        every_write_private, last_axis_is_channels, written_weights, subclass_is_its_base, groups_ignored, concat_axis,
+        no_write, no_alpha, one_reader, norm_of_the_batch, no_hooks, no_border, no_frame, transposed_axis,
+        across_a_write, every_write_private, last_axis_is_channels, written_weights, subclass_is_its_base,
+        groups_ignored, concat_axis,
     )
 }  # fmt: skip

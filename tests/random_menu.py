@@ -44,7 +44,7 @@ def branches(body: Body, g: Reader) -> None:
     out = g.pick(into, 4, 2)
     found = []
     for _ in range(g.pick(2, 2, 3)):
-        kind = g.pick("conv", "conv", "conv norm", "identity", "chain", "norm", "pool")
+        kind = g.pick("conv", "conv", "conv norm", "identity", "chain", "norm", "pool", "before", "before")
         if kind in ("identity", "norm", "pool") and (into != out or stride > 1):
             kind = "conv"
         if kind == "identity":
@@ -54,6 +54,11 @@ def branches(body: Body, g: Reader) -> None:
             found.append(body.assign(f"{b}({x})"))
         elif kind == "pool":
             found.append(body.assign(f"F.avg_pool{dims}d({x}, 3, 1, 1)"))
+        elif kind == "before":  # a pointwise layer, whose bias the padding of the next one does not know
+            text = layers.norm(body, g, shape) if g.chance(2) else layers.conv(body, g, shape, into, 1, 1)
+            y = body.assign(f"{body.declare('c', layers.wrapped(body, g, text))}({x})")
+            text = layers.conv(body, g, shape, out, g.pick(3, 5), stride)
+            found.append(body.assign(f"{body.declare('c', layers.wrapped(body, g, text))}({y})"))
         else:
             text = layers.conv(body, g, shape, out, g.pick(3, 1, 5, 3, 1), stride)
             y = body.assign(f"{body.declare('c', layers.wrapped(body, g, text))}({x})")

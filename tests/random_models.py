@@ -25,8 +25,8 @@ SHAPES = (
     *(SQUARE, ((2, 4, 6), (3, 4, 9)), ((2, 4, 4), (4, 4, 4)), ((3, 4), (2, 4)), ((4, 6, 5), (4, 5, 8))),
     *(((1, 2, 4, 5, 3), (2, 2, 3, 4, 4)), ((2, 3, 6, 6), (3, 3, 6, 6))),
 )
-FORCED = ("avg_pool!", "concat!", "conv_bn!", "conv_chain!", "identity!", "parallel_conv!", "pool_swap!", "siblings!")
-PATTERNS = (None, None, None, FORCED)
+NAMES = "avg_pool border concat conv_bn conv_chain identity parallel_conv pool_swap siblings".split()
+PATTERNS = (None, None, None, tuple(f"{name}!" for name in NAMES))
 THEN = ("", "", "", "", "optimize again", "copy", "verify")
 FILE = "random_model.py"
 

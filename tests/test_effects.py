@@ -120,16 +120,19 @@ def test_a_constant_that_broadcasts_the_channels_is_no_factor_of_a_channel() -> 
     """One channel times (4, 1, 1) gives four; folded into the next layer, that would read one."""
     parts: dict[str, Any] = {"one": nn.Conv2d(4, 1, 1), "k": torch.arange(1, 5).double().view(4, 1, 1)}
     across: dict[str, Any] = {"row": torch.arange(5.0).double(), "wide": nn.Linear(5, 3)}  # of a map that may be 1 wide
-    differ, may, wide = "the channel counts differ and broadcast", "may broadcast the channels", "may broadcast"
+    differ, may = "the channel counts differ and broadcast", "may broadcast the channels"
     agrees(usual(lambda s, x: s.b(s.a(s.one(x) * s.k)), **parts), fires=True, refused=differ)
     agrees(usual(lambda s, x: s.b(s.a(s.one(x).relu() + s.k)), **parts), fires=True, refused=differ)
     agrees(usual(lambda s, x: s.b(s.a(unknown(s.a(x)) * s.k)), **parts), fires=True, refused=may)
     examples = torch.ones(2, 4, 5, 5, dtype=torch.float64)
     agrees(usual(lambda s, x: s.p(x.sum(1, True) * s.k), **parts), examples=examples, fires=False, refused=differ)
-    agrees(usual(lambda s, x: s.p(x.cumsum(1) * s.k), **parts), examples=examples, fires=False, refused=wide)
-    agrees(
-        usual(lambda s, x: s.wide(s.a(x) * s.row), **across), examples=examples, fires=False, refused="may broadcast"
-    )
+    agrees(usual(lambda s, x: s.p(x.cumsum(1) * s.k), **parts), examples=examples, fires=True)
+    model = usual(lambda s, x: s.wide(s.a(x) * s.row), **across)
+    fused = agrees(model, ((2, 4, 5, 5), (3, 4, 6, 5)), examples=examples, fires=True)
+    narrow = examples[..., :1]
+    assert model(narrow).shape == (2, 4, 5, 3)  # which the merged layer cannot read, and says so
+    with pytest.raises(AssertionError, match="for a batch of 5 channels"):
+        fused(narrow)
 
 
 class Total(nn.Module):

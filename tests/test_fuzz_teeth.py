@@ -7,7 +7,7 @@ from fuzz_check import NoModel, check
 from mutants import MUTANTS
 from random_models import seeded
 
-FIRST, EXAMPLES = 1000, 300
+FIRST, EXAMPLES = 600, 300
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

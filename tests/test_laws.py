@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import fxfuse
 
-EVERY = tuple(f"{name}!" for name in ("avg_pool", "concat", "conv_bn", "conv_chain", "identity", "parallel_conv"))
+NAMES = ("avg_pool", "border", "concat", "conv_bn", "conv_chain", "identity", "parallel_conv")
+EVERY = tuple(f"{name}!" for name in NAMES)
 LAYERS = ("conv", "linear", "bn", "add", "sub", "mul", "div", "cat", "pool", "flip", "index", "neg")
 Build = Callable[[], nn.Module]
 SIZES = {0: ((), ()), 1: ((9,), (6,)), 2: ((9, 7), (6, 11)), 3: ((5, 4, 6), (4, 6, 3))}

@@ -23,7 +23,7 @@ import fxfuse
 from fxfuse import Operator, pattern
 from fxfuse.record import IDENTITY
 
-NAMES = ("avg_pool", "concat", "conv_bn", "conv_chain", "identity", "parallel_conv", "pool_swap", "siblings")
+NAMES = ("avg_pool", "border", "concat", "conv_bn", "conv_chain", "identity", "parallel_conv", "pool_swap", "siblings")
 SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=SLOW, database=None)
 settings.register_profile("hunt", deadline=None, max_examples=3000, suppress_health_check=SLOW)

@@ -34,7 +34,7 @@ def model_with_refusals() -> nn.Module:
 def test_text_has_all_parts_in_order() -> None:
     text = str(fxfuse.report(fxfuse.optimize(model_with_refusals(), torch.randn(1, 3, 9, 8))))
     parts = [
-        "fxfuse: Sequential: fused 1 sites",
+        "fxfuse: Sequential: fused 2 sites",
         "nodes",
         "params",
         "MACs",
@@ -53,7 +53,7 @@ def test_text_has_all_parts_in_order() -> None:
 def test_dict_is_json_and_agrees_with_the_text() -> None:
     report = fxfuse.report(fxfuse.optimize(model_with_refusals(), torch.randn(1, 3, 9, 8)))
     data = json.loads(json.dumps(report.to_dict()))
-    assert data["sites"] == len(report.fired) == len(data["fired"]) == 1
+    assert data["sites"] == len(report.fired) == len(data["fired"]) == 2
     assert data["before"]["ops"]["batch_norm"] == 3 and data["after"]["ops"]["batch_norm"] == 2
     assert sum(len(r["sites"]) for r in data["refused"]) == len(report.refused)
     assert {r["reason"] for r in data["refused"]} == {r.reason for r in report.refused}

@@ -1,0 +1,77 @@
+"""conv1 -> padded conv2  =>  conv + frame      frame[n,j] = sum over m of W2[n,m,j] * (padded value - b1[m])
+
+A pointwise layer with a bias gives that bias on zeros, but a convolution after it pads with another value. So the two
+are one convolution (Diverse Branch Block, Ding et al. 2021, transform III) except where a tap reads out of bounds,
+and there they differ by the same number for each tap, whatever the input: the convolution of one more channel, 1 out
+of bounds and 0 inside, that is added to every sample. It depends on height and width alone. Such frames add, scale
+and concatenate with their convolutions. They cost 1 / (channels * batch) of the convolution.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxfuse import algebra
+from fxfuse.pattern import Example, Pattern, register
+from fxfuse.record import Operator
+from fxfuse.refusal import Refusal
+
+
+class _BesidePool(nn.Module):
+    def __init__(self, conv: nn.Module, before: nn.Module, pool: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.before, self.pool = conv, before, pool
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.conv(x) + self.pool(self.before(x))
+
+
+@register
+class Border(Pattern):
+    name = "border"
+    law = "conv1 -> padded conv2 => conv + frame;  batch_norm -> padded conv => conv + frame"
+    refused_when = (
+        "the first layer pads or has more than one tap, or the frame costs more than the merge saves (as for a batch "
+        "norm alone, which has no multiply-accumulates to save)"
+    )
+
+    def matches(self, relation: str, f: Operator, g: Operator) -> bool:
+        return algebra.needs_frame(f, g)
+
+    def rewrite(self, relation: str, f: Operator, g: Operator) -> Operator | Refusal:
+        return algebra.framed(f, g)
+
+    examples = (
+        Example(
+            "1x1 with bias before a padded 3x3",
+            lambda: nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 3, padding=1)),
+            (2, 2, 7, 6),
+        ),
+        Example(
+            "a branch of batch norm and padded average pool beside a 3x3",
+            lambda: _BesidePool(
+                nn.Conv2d(16, 16, 3, padding=1),
+                nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)),
+                nn.AvgPool2d(3, 1, 1),
+            ),
+            (2, 16, 7, 6),
+        ),
+        Example(
+            "batch norm before a zero-padded convolution, merged whatever it costs",
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, padding=1)),
+            (2, 3, 7, 6),
+            patterns=("border!",),
+        ),
+        Example(
+            "batch norm before a zero-padded convolution",
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, padding=1)),
+            (2, 3, 7, 6),
+            reason="would cost more",
+        ),
+        Example(
+            "a 3x3 before a padded 3x3",
+            lambda: nn.Sequential(nn.Conv2d(2, 8, 3), nn.Conv2d(8, 2, 3, padding=1)),
+            (2, 2, 7, 6),
+            reason="more than one tap made",
+        ),
+    )
