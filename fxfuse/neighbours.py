@@ -34,10 +34,10 @@ def siblings(f: Operator, g: Operator) -> Result:
             what = "a transposed convolution" if op.transposed else "a layer of some of the channels"
             what = "a grouped layer" if op.groups > 1 else what
             return Refusal(f"layers of one tensor, but {what} has no wide form", detail=op.describe())
-    geometry = ("spatial", "kernel", "stride", "dilation", "padding", "padding_mode", "pad_value")
+    geometry = ("spatial", "kernel", "stride", "dilation", "padding", "padding_mode", "pad_value", "framed")
     for name in geometry:
         if getattr(f, name) != getattr(g, name):
-            what = {"spatial": "axes", "kernel": "kernels", "stride": "strides"}.get(name, name)
+            what = {"spatial": "axes", "kernel": "kernels", "stride": "strides", "framed": "borders"}.get(name, name)
             reason = f"layers of one tensor have different {what}: no wide layer would do for both"
             return Refusal(reason, detail=f"{f.describe()} and {g.describe()}")
     return concat((f, g))

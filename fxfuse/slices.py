@@ -23,11 +23,14 @@ from .shaping import plain as plain_module
 from .view import View
 
 RESHAPES: dict[Any, Any] = {"view": "reshape", "view_as": "reshape_as"}
-RESHAPES[torch.ops.aten.view.default] = torch.ops.aten.reshape.default
+RESHAPES |= dict.fromkeys(
+    (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default), torch.ops.aten.reshape.default
+)
+_NOT_FRESH = {"_unsafe_view", "_reshape_alias", "as_strided", "as_strided_copy"}  # whatever their schemas say
 _VIEWS = set(
-    "view reshape flatten unflatten transpose permute swapaxes swapdims movedim unsqueeze squeeze chunk split "
-    "split_with_sizes tensor_split unbind getitem narrow select slice expand expand_as view_as reshape_as alias mT mH "
-    "dropout dropout1d dropout2d dropout3d contiguous detach t".split()
+    "view _unsafe_view reshape flatten unflatten transpose permute swapaxes swapdims movedim unsqueeze squeeze chunk "
+    "split split_with_sizes tensor_split unbind getitem narrow select slice expand expand_as view_as reshape_as alias "
+    "mT mH dropout dropout1d dropout2d dropout3d contiguous detach t".split()
 )
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _MORE_FRESH = set("where stack normalize repeat logsumexp argmax var std cos sin log rsub neg softmin glu".split())
@@ -57,7 +60,7 @@ def reshaped(value: Node, view: View, own: Collection[Node]) -> tuple[Node, ...]
                 continue
             if not _is_view(user, view):
                 return _noticed("who reads it may look at its strides", f"read by {user.name}")
-            if plain(user.target) in ("view", "view_as"):
+            if plain(user.target) in ("view", "view_as", "_unsafe_view"):
                 if any(isinstance(a, torch.dtype) for a in (*user.args, *user.kwargs.values())):
                     return _noticed("its memory is read as another dtype", f"by {user.name}")
                 found.append(user)
@@ -80,7 +83,7 @@ def _fresh(user: Node, view: View) -> bool:
     if "out" in user.kwargs:
         return False
     if is_aten(user):
-        return schema.pure(user) and not schema.shared(user) and not plain(user.target).startswith("as_strided")
+        return schema.pure(user) and not schema.shared(user) and plain(user.target) not in _NOT_FRESH
     call = view.calls.get(user)
     return fresh(user, call, view.captured.modules) or (user.op != "call_module" and plain(user.target) in _MORE_FRESH)
 

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from helpers import assert_untouched, count, fingerprint, randomize
 from safety import agrees, model_of
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import fxfuse
+from fxfuse.rebuild import rebuild
 
 Forward = Callable[..., Any]
 
@@ -380,6 +382,13 @@ def test_under_torch_compile(forward: Forward) -> None:
             assert torch.equal(compiled(x), model(x))
     (report,) = fxfuse.report(compiled)
     assert merged(report) == 1
+
+
+def test_a_decomposed_model() -> None:
+    model, x = randomize(Heads(8, 2).double(), integer=True), torch.randint(-3, 4, (2, 5, 8)).double()
+    captured = rebuild(model, (x,), torch.export.export(model, (x,)).run_decompositions(), {})
+    fused = fxfuse.optimize(GraphModule(model, captured.graph).eval(), x)
+    assert torch.equal(fused(x), model(x))
 
 
 def test_under_another_autocast_activations_stay() -> None:
