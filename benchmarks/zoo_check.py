@@ -79,14 +79,14 @@ def check(name: str, options: dict[str, Any]) -> Record:
 
 def _run_eager(name: str, model: nn.Module) -> tuple[list[Any], list[Any], Executed]:
     """Two calls the model accepts, their outputs, and what the first one executed."""
-    calls = [_accepted(model, tries) for tries in zoo_models.inputs(name, model)]
+    calls = [accepted(model, tries) for tries in zoo_models.inputs(name, model)]
     zoo_models.calibrate(model, calls[0])
     mode = Executed(model)
     wants = [_call(model, calls[0], mode), _call(model, calls[1])]
     return calls, wants, mode
 
 
-def _accepted(model: nn.Module, tries: list[Any]) -> Any:
+def accepted(model: nn.Module, tries: list[Any]) -> Any:
     """The first inputs that the model runs on; the error of the last where there are none."""
     for args in tries[:-1]:
         try:
