@@ -88,7 +88,7 @@ class Dims:
         self.values: dict[Node, Any] = {}
         self.names: dict[Any, str] = {}  # short names of long products, and of quotients by (size, divisor)
         for node in graph.nodes:
-            if _asks(node):
+            if asks(node):
                 self._ask(node)
                 continue
             call = shapings.get(node) or calls.get(node)
@@ -297,7 +297,7 @@ def _index(dim: Any, rank: int) -> int | None:
     return dim % rank if isinstance(dim, int) and -rank <= dim < rank else None
 
 
-def _asks(node: Node) -> bool:
+def asks(node: Node) -> bool:
     """Whether a node asks for a shape, or computes with one."""
     if node.op == "call_method":
         return node.target == "size"
@@ -309,4 +309,4 @@ def _asks(node: Node) -> bool:
         return node.args[1] == "shape"
     if node.target not in (operator.getitem, operator.mul, operator.floordiv, operator.add):
         return False
-    return any(isinstance(a, Node) and _asks(a) for a in node.args)
+    return any(isinstance(a, Node) and asks(a) for a in node.args)

@@ -50,7 +50,8 @@ def _propagate(
 ) -> dict[Node, Fact]:
     facts = {n: Fact(0, 0) if is_number(n) else known(n) for n in graph.nodes}
     for node, shape in shapes.items():
-        facts[node] = of_shape(tuple(shape))
+        if node in facts:  # some may be gone from the graph since their shapes were noted
+            facts[node] = of_shape(tuple(shape))
     nodes = list(graph.nodes)
     for order in (nodes, nodes[::-1], nodes):
         for node in order:

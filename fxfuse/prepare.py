@@ -8,6 +8,7 @@ from .cost import CostFunction
 from .pattern import Selection
 from .report import Fired
 from .runtime_weight import give_bias
+from .shuffles import use_shuffles
 from .swap import swap
 from .view import View
 
@@ -21,5 +22,7 @@ def prepare(
         fired += found
         view = again()
     if give_bias(view, patterns):
+        view = again()
+    while use_shuffles(view, patterns):
         view = again()
     return view, tuple(fired)

@@ -35,6 +35,7 @@ from .record import Operator
 from .refusal import Refusal
 from .runtime_weight import Dynamic, Finder
 from .shaping import read_shaping
+from .shuffles import Shuffle, candidates, find_shuffles
 
 READERS = {**LAYERS, **ARITHMETIC}
 
@@ -54,6 +55,7 @@ class View:
     passage: Passage = field(default_factory=Passage)
     carries: Mapping[Node, Affine] = field(default_factory=dict)
     unbiased: tuple[Dynamic, ...] = ()
+    shuffles: tuple[Shuffle, ...] = ()
 
     def data_users(self, node: Node) -> list[Node]:
         """Users that read more than its rank, dtype or size."""
@@ -121,7 +123,8 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
 def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     """The view with those carries among its affine nodes that lie between a factor and a layer."""
     graph = view.captured.graph
-    if not any(_apart(node, view) for node in view.affine):
+    turns = candidates(shapings)
+    if not turns and not any(_apart(node, view) for node in view.affine):
         return view
     divisions = find_divisions(view.affine, view.readers)
     dims = Dims(graph, view.calls, shapings, view.facts, view.captured.modules)
@@ -139,7 +142,7 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
     finder = Finder(view.calls, shapings, view.affine, dims, view.readers)
     divisions |= finder.divisions() | Ahead(view.affine, view.facts, view.effects, view.readers).divisions()
-    view = replace(view, unbiased=tuple(finder.unbiased()))
+    view = replace(view, unbiased=tuple(finder.unbiased()), shuffles=find_shuffles(shapings, dims))
     return replace(view, affine=affine_nodes, passage=replace(passage, divisions=divisions), carries=carries)
 
 
