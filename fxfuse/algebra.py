@@ -49,7 +49,7 @@ def framed(f: Operator, g: Operator) -> Result:
     """
     f, g = _same_layout(f, g)
     refusal = meet(f, g, f.out_channels, g.in_channels) or border.refuse_frame(f, g)
-    return refusal or replace(product(f, g), framed=True, pad_value=0)
+    return refusal or product(f, g, frame=True)
 
 
 def needs_frame(f: Operator, g: Operator) -> bool:
@@ -60,8 +60,8 @@ def needs_frame(f: Operator, g: Operator) -> bool:
     return not border.matches(f, g)
 
 
-def product(f: Operator, g: Operator) -> Operator:
-    """What g(f(x)) is away from the border, for two of one layout; `compose` says when it is all."""
+def product(f: Operator, g: Operator, frame: bool = False) -> Operator:
+    """What g(f(x)) is away from the border, for two of one layout; `compose` says when it is all, `framed` the rest."""
     f = _select_rows(f, g.reads)
     groups = math.gcd(f.groups, g.groups)
     geometry = [_chain_taps(f, g, d) for d in range(f.spatial or 0)]
@@ -84,8 +84,8 @@ def product(f: Operator, g: Operator) -> Operator:
             groups=groups,
             bias=f.bias or g.bias,
             padding_mode=f.padding_mode if f.pads else g.padding_mode,
-            pad_value=f.pad_value if f.pads else (0 if g.pads and border.matches(f, g) else g.pad_value),
-            framed=f.framed or g.framed,
+            pad_value=f.pad_value if f.pads else 0 if frame or (g.pads and border.matches(f, g)) else g.pad_value,
+            framed=frame or f.framed or g.framed,
         )
     )
 

@@ -30,6 +30,8 @@ def refuse(f: Operator, g: Operator) -> Refusal | None:
         return None if plain else Refusal(f"{g.padding_mode} padding after a stride or another padding")
     if f.pads and (f.padding_mode != "zeros" or f.pad_value != 0 or f.framed):
         return Refusal("two paddings of different values meet")
+    if f.pads and g.framed:
+        return Refusal("both of them pad: a frame is about one border")
     if not matches(f, g):
         return Refusal(
             "the second one pads with a value that is not the bias of the first: the border would differ",

@@ -30,6 +30,7 @@ _INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswit
 _INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
 _INPLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
 
+_OVERLAPPING = ("unfold", "as_strided")  # views that hold one number at several places
 _FRESH_CALLS = {"conv", "conv_transpose", "linear", "batch_norm", "avg_pool", "add", "sub", "mul", "div", "neg"}
 _FRESH_CALLS |= {"cat", "pad", "flip", "index_select", "mm", "deform"}
 _FRESH_NAMES = set(
@@ -102,6 +103,8 @@ class Effects:
         """Whether nothing but the writer's result can see that `writer` wrote."""
         at = self.position[writer]
         for target in self.writes.get(writer, ()):
+            if any(plain(m.target) in _OVERLAPPING for m in self._members[self.classes[target]]):
+                return False  # what is written to one place may be read at another
             for member in self._members[self.classes[target]]:
                 if member.op in ("placeholder", "get_attr"):
                     return False

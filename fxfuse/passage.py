@@ -201,7 +201,7 @@ def _accepted(node: Node, reader: Node, steps: Mapping[Node, Affine], down: Mapp
         return frozenset()
     op = affine.op
     if op.weighted:
-        return frozenset() if op.transposed else frozenset((_axis(op), ANY))  # what it pads is for the planner to see
+        return frozenset() if op.pads or op.transposed else frozenset((_axis(op), ANY))
     if not passes(op):
         return frozenset()
     here, axes = down[reader], axes_of(op)

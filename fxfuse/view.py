@@ -134,8 +134,8 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
             continue
         call = shapings.get(node) or view.calls.get(node)
         affine = view.affine.get(node) or read_carry(node, call, dims, view.facts)
-        if affine is not None and affine.kind == "unary":
-            steps[node] = affine
+        if affine is not None and affine.kind == "unary" and node not in view.effects.writes:
+            steps[node] = affine  # what is written in place cannot stand in two places
     passage = find_passage(steps, view.readers)
     chosen = view.affine.keys() | passage.carries
     affine_nodes = {n: view.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}

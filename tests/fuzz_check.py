@@ -77,7 +77,8 @@ def check(program: Program) -> Outcome:
             except AssertionError as error:
                 assert GUARD in str(error), error
                 return Outcome(len(report.fired), guarded=True)
-            exact = program.exact and _round((want, theirs))  # a mean over 15 positions is exact for some inputs only
+            # a mean over 15 positions is exact for some inputs only, and thirds add up to a round number by chance
+            exact = program.exact and "pool" not in program.source and _round((want, theirs))
             _same(got, ours, want, theirs, exact, program.last)
     assert_untouched(model, before)
     _same_state(truth, program.build(), fused, program.exact)

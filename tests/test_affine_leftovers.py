@@ -48,7 +48,7 @@ def parts() -> dict[str, Any]:
 
 CASES: dict[str, tuple[Any, dict[str, int]]] = {
     "scaled residual": (lambda s, x: s.p(scaled_residual(s, x)) / 2, {"conv": 4, "add": 1, "cat": 1}),
-    "normalizer-free": (normalizer_free, {"conv": 3, "add": 1}),
+    "normalizer-free": (normalizer_free, {"conv": 3, "add": 1, "mul": 2}),  # before several padded layers they stay
     "learned temperature": (learned_temperature, {"conv": 2}),
     "two residual scales": (lambda s, x: s.b(x.relu()) * s.gain + s.c(x.sigmoid()) / 4, {"conv": 2, "add": 1}),
     "layer scale behind dropout": (lambda s, x: s.gain * F.dropout(s.b(x), 0.1, False), {"conv": 1}),

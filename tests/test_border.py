@@ -109,6 +109,10 @@ LAWS: dict[str, Build] = {
     "sum of sums": lambda: Sum(
         [Sum([seq(BN2(4), C2(4, 4, 3, padding=1)), BN2(4)], [2]), seq(one(), C2(6, 4, 5, padding=2))], [-1]
     ),
+    "shuffle before a grouped one": lambda: seq(nn.ChannelShuffle(2), C2(4, 6, 1, groups=2), C2(6, 5, 3, padding=1)),
+    "shuffle, depthwise, dilated": lambda: seq(
+        nn.ChannelShuffle(2), C2(4, 4, 1, 2, groups=4), BN2(4), C2(4, 5, 3, padding=1, dilation=2)
+    ),
     "concatenated": lambda: Concat([seq(one(), C2(6, 2, 3, padding=1)), C2(4, 3, 5, padding=2), nn.Identity()]),
     "concatenated pieces": lambda: Concat([seq(BN2(2), C2(2, 3, 3, padding=1)) for _ in range(2)], [2, 2]),
     "concatenated, then pointwise": lambda: seq(
@@ -206,15 +210,31 @@ def test_a_value_that_is_read_elsewhere_stays() -> None:
         assert torch.equal(fused(x), other(x)) and not fxfuse.report(fused).fired
 
 
-def test_a_batch_norm_that_several_padded_layers_read_joins_each() -> None:
-    forward = lambda s, x: (lambda y: s.c(y).relu() + s.d(y).relu())(s.n(x))  # noqa: E731
-    layers = {"n": BN2(4), "c": C2(4, 5, 3, padding=1), "d": C2(4, 5, 3, padding=1, padding_mode="circular")}
-    model = randomize(model_of(forward, **layers).double(), integer=True)
-    fused = fxfuse.optimize(model, inputs(4, 2)[0], patterns=EVERY)
-    assert all(torch.equal(fused(x), model(x)) for x in inputs(4, 2))
-    assert (count(fused, inputs(4, 2)[0])["conv"], count(fused, inputs(4, 2)[0])["bn"]) == (3, 0)
-    kept = fxfuse.optimize(model, inputs(4, 2)[0])  # all of them or none
-    assert count(kept, inputs(4, 2)[0])["bn"] == 1
+def plus_one(x: Tensor) -> Tensor:
+    x = x * 1
+    x += 1
+    return x
+
+
+SHARED: dict[str, Any] = {
+    "padded and not": lambda s, x: (lambda y: s.c(y) + s.e(y))(s.n(plus_one(x.abs()))),
+    "padded in two ways": lambda s, x: (lambda y: s.c(y) + s.d(y))(F.avg_pool2d(s.n(x.relu()), 2)),
+    "a padded pointwise layer before": lambda s, x: (lambda y: s.c(s.f(y)) + s.c(y))(s.g(x)),
+    "a padding before": lambda s, x: (lambda y: s.c(s.f(y)) + s.c(y))(F.pad(x, (1, 0))),
+}
+
+
+@pytest.mark.parametrize("patterns", [None, EVERY], ids=["", "forced"])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_value_that_layers_with_and_without_a_frame_read(name: str, patterns: Any) -> None:
+    layers = {"n": BN2(4), "c": C2(4, 4, 3, padding=1), "d": C2(4, 4, 3, padding=1, padding_mode="circular")}
+    layers |= {"e": C2(4, 4, 1), "f": C2(4, 4, 1), "g": C2(4, 4, 1, padding=1, bias=False)}
+    model = randomize(model_of(SHARED[name], **layers).double(), integer=True)
+    for examples in (None, inputs(4, 2)[0]):
+        fused = fxfuse.optimize(model, examples, patterns=patterns)
+        with torch.no_grad():
+            for x in inputs(4, 2):
+                torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 @st.composite
