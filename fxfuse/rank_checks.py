@@ -33,7 +33,9 @@ class RankChecks:
             where = moved.get(node)
             reads = source if where is None else self.current(where)
             self.check(reads, affine[node].assumes)
-            self.check(reads, affine[node].width, -(affine[node].op.spatial or 0) - 1)
+            if affine[node].width is not None:  # of what the layer reads, a run of which may be all that the factor met
+                width = fuse.op.in_channels if where is None else affine[node].width
+                self.check(reads, width, -(affine[node].op.spatial or 0) - 1)
             if where in affine and affine[where].kind != "unary":  # a join whose branches it has moved into
                 self.check(self.current(where), affine[where].assumes)
 

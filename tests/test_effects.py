@@ -135,6 +135,13 @@ def test_a_constant_that_broadcasts_the_channels_is_no_factor_of_a_channel() -> 
         fused(narrow)
 
 
+def test_channels_of_the_examples_are_checked_where_the_layer_reads() -> None:
+    """The factor meets one half of a tensor of unknown channels: it is the whole that the merged layer reads."""
+    k = torch.arange(1.0, 3).double().view(2, 1, 1)
+    model = usual(lambda s, x: s.some(x.cumsum(1).chunk(2, 1)[1] * s.k), some=nn.Conv2d(2, 3, 1), k=nn.Buffer(k))
+    agrees(model, examples=torch.ones(2, 4, 5, 5, dtype=torch.float64))
+
+
 class Total(nn.Module):
     """Cannot be traced, and changes what others may read."""
 
