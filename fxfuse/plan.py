@@ -121,6 +121,9 @@ class Planner:
                 remedy="use the out-of-place form",
             )
         writer = effects.written_between(chain.source, min(at), max(at), own)
+        for join in (p for p in chain.parts if isinstance(p, Join)):  # where one branch may stay, and another move
+            others = own - {s.node for s in steps_of(join) if s.node is not None}
+            writer = writer or effects.written_between(join.branches[0].source, min(at), max(at), others)
         if writer is None:
             return None
         return Refusal(

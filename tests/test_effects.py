@@ -150,6 +150,16 @@ def test_channels_of_the_examples_are_checked_where_the_layer_reads() -> None:
     assert "for a batch of 4 channels" in fused.code
 
 
+def test_a_branch_that_writes_what_another_one_reads() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.t(y)
+        y += 1
+        return cast(Tensor, self.b(z) + y)
+
+    agrees(usual(forward, t=nn.ConvTranspose2d(4, 4, 3, padding=1)))
+
+
 class Total(nn.Module):
     """Cannot be traced, and changes what others may read."""
 
