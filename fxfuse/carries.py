@@ -19,9 +19,8 @@ from .dims import Dims, Shape, kept_axes, order_of
 from .fact import Fact
 from .names import is_aten, plain
 from .record import Operator
-from .shaping import ints_of
+from .shaping import RESHAPES, ints_of
 
-_RESHAPES = {"reshape", "like", "flatten", "unflatten", "squeeze", "unsqueeze"}
 Axes = dict[int, int]
 
 
@@ -42,13 +41,13 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
     if call.op == "adaptive_avg_pool" or (call.op == "avg_pool" and _averages(call)):
         axis = -(call.spatial or 0) - 1
         return _affine(node, source, {axis: axis}, None, f"pool {call.spatial}")
-    if call.op not in _RESHAPES | {"permute", "transpose", "average", "interpolate"}:
+    if call.op not in RESHAPES | {"permute", "transpose", "average", "interpolate"}:
         return None
     shape, assumes = dims.of(source), None
     if shape is None:
         spatial, assumes = layout(facts[source])
         shape = None if spatial is None else dims.filled(source, None, spatial + 2)
-    if call.op in _RESHAPES:
+    if call.op in RESHAPES:
         after = None if shape is None else dims.reshaped(shape, call)
         turn = ("reshape", dims.of(source) or source.name, _name(node, call, dims, after if assumes is None else None))
         axes = {} if shape is None or after is None else kept_axes(shape, after)

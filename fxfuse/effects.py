@@ -113,7 +113,7 @@ class Effects:
         return True
 
     def writers(self, value: Node) -> list[Node]:
-        """The nodes that may write `value` or something that shares its memory."""
+        """The nodes that may write `value` or something that shares its memory: all are in its class."""
         return [m for m in self._members[self.classes[value]] if m in self.writes] if self.writes else []
 
     def writes_itself(self, value: Node) -> Node | None:
@@ -127,13 +127,9 @@ class Effects:
 
     def written_between(self, value: Node, start: int, stop: int, inside: Iterable[Node]) -> Node | None:
         """A node after `start` and before `stop`, not in `inside`, that may write `value`."""
-        if not self.writes:
-            return None
         own = set(inside)
-        for member in self._members[self.classes[value]]:  # a writer is in the class of what it writes
-            if member in self.writes and member not in own and start < self.position[member] < stop:
-                return member
-        return None
+        between = (w for w in self.writers(value) if w not in own and start < self.position[w] < stop)
+        return next(between, None)
 
 
 def _written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> list[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch.fx import Node
 
@@ -90,36 +91,32 @@ def _linear(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     if isinstance(call.args["weight"], Node):
         return _computed_weight(call)
     weight, bias = tensor(call, "weight", 2), optional(call, "bias")
-    if 0 in weight.shape:
-        raise Unknown
-    op = Operator(
-        kind="conv",
-        law="conv",
-        spatial=0,
-        in_channels=weight.shape[1],
-        out_channels=weight.shape[0],
-        bias=bias is not None,
-        dtype=one_dtype(weight, bias),
-        path=call.path or _owner(weight, node),
-        consts=(("weight", weight), ("bias", bias)),
-    )
-    return unary(call, op)
+    return _matrix(call, node, "conv", weight, weight.shape, (("weight", weight), ("bias", bias)))
 
 
 def _product(call: Call, facts: Facts, node: Node) -> Affine:
     """A product with a constant matrix [C, N] on the right is a linear layer."""
     other = tensor(call, "other", 2)
-    if 0 in other.shape:
+    return _matrix(call, node, "product", other, other.shape[::-1], (("weight", other),))
+
+
+def _matrix(
+    call: Call, node: Node, law: str, weight: Attr | Apply, shape: tuple[int, ...], consts: tuple[tuple[str, Any], ...]
+) -> Affine:
+    """A linear layer on the last axis, of outputs and inputs as in `shape`."""
+    if 0 in shape:
         raise Unknown
+    held = dict(consts)
     op = Operator(
         kind="conv",
-        law="product",
+        law=law,
         spatial=0,
-        in_channels=other.shape[0],
-        out_channels=other.shape[1],
-        dtype=one_dtype(other),
-        path=_owner(other, node),
-        consts=(("weight", other),),
+        in_channels=shape[1],
+        out_channels=shape[0],
+        bias=held.get("bias") is not None,
+        dtype=one_dtype(*held.values()),
+        path=call.path or _owner(weight, node),
+        consts=consts,
     )
     return unary(call, op)
 

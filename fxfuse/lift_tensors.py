@@ -12,7 +12,7 @@ from .arguments import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data,
 from .call import PIECES, Call
 from .constants import Apply, Attr
 from .names import plain
-from .record import IDENTITY, pointwise
+from .record import IDENTITY, pointwise, shuffled
 from .refusal import Refusal
 
 PASS_DTYPE = "pass example_inputs to optimize, they settle the dtype"
@@ -192,9 +192,7 @@ def _channel_shuffle(call: Call, facts: Facts, node: Node) -> Affine:
     channels = facts[source].channels(spatial)
     if channels is None or not isinstance(groups, int):
         raise Unknown
-    size = channels // groups
-    reads = tuple((j % groups) * size + j // groups for j in range(channels))
-    return _selected(source, reads, channels, spatial, node, assumes)
+    return _selected(source, shuffled(channels, groups), channels, spatial, node, assumes)
 
 
 ARITHMETIC = {

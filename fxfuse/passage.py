@@ -83,22 +83,23 @@ class _End:
     shift: bool
 
 
+def factors_after(node: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> list[Node]:
+    """The factors after a node, each read by the next alone."""
+    found = list[Node]()
+    while len(following := readers(node)) == 1 and (step := affine.get(following[0])) is not None:
+        if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node:
+            break
+        node = following[0]
+        found.append(node)
+    return found
+
+
 @dataclass(frozen=True)
 class _Joins:
     """Joins taken apart: `readers` are those of a node's data."""
 
     affine: Mapping[Node, Affine]
     readers: Callable[[Node], list[Node]]
-
-    def factors(self, join: Node) -> list[Node]:
-        """The factors after a join, each read by the next alone."""
-        found, node = list[Node](), join
-        while len(following := self.readers(node)) == 1 and (step := self.affine.get(following[0])) is not None:
-            if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node:
-                break
-            node = following[0]
-            found.append(node)
-        return found
 
     def ends(self, join: Node, spatial: int | None, start: int, shift: bool) -> list[_End]:
         """What meets in a join, joins in it opened where possible; nothing where a branch has another reader."""
@@ -135,7 +136,7 @@ def find_divisions(affine: Mapping[Node, Affine], readers: Callable[[Node], list
     """By the first of them: factors that alone read a join of branches that nobody else reads."""
     found, joins = {}, _Joins(affine, readers)
     for node, join in affine.items():
-        factors = joins.factors(node) if join.kind != "unary" else []
+        factors = factors_after(node, affine, readers) if join.kind != "unary" else []
         spatial = next((s for f in factors if (s := affine[f].op.spatial) is not None), None)
         ends = joins.ends(node, spatial, 0, True) if factors else []
         whole = max((e.start + e.width for e in ends), default=0)

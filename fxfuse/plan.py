@@ -98,10 +98,7 @@ class Planner:
                 self.fused |= taken
             first = next(part_nodes(chain.parts[0]), None)
             left |= {first} if first in shared and stay & trees[first] else set()
-        for first in divided:
-            left |= (
-                {first} if any(placed[f] < len(divisions[first].portions) for f in divisions[first].factors) else set()
-            )
+        left |= {d for d in divided if min(placed[f] for f in divisions[d].factors) < len(divisions[d].portions)}
         return sites, left
 
     def _overwritten(self, chain: Chain) -> Refusal | None:

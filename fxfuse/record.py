@@ -179,3 +179,9 @@ def pointwise(kind: str, law: str, spatial: int, channels: int, **fields: Any) -
     """A depthwise 1x1 operator: batch norm, a per-channel factor, a channel selection, a pad."""
     op = Operator(kind=kind, law=law).at(spatial, channels)
     return replace(op, **fields)
+
+
+def shuffled(channels: int, groups: int) -> Ints:
+    """The channels that a channel shuffle reads, in order (ShuffleNet, Zhang et al. 2018, section 3.1)."""
+    size = channels // groups
+    return tuple((j % groups) * size + j // groups for j in range(channels))

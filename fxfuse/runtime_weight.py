@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +23,14 @@ from torch.fx import Node
 from .arguments import Affine
 from .call import Call
 from .dims import ONE, Dims, Size, order_of, product
-from .passage import Division
+from .passage import Division, factors_after
 from .pattern import Selection
 from .record import Operator
 from .refusal import Refusal
+from .shaping import RESHAPES
 
 if TYPE_CHECKING:
     from .view import View
-
-RESHAPES = ("reshape", "flatten", "unflatten", "like", "squeeze", "unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ class Finder:
     def divisions(self) -> dict[Node, Division]:
         """By the first of them: factors after a dynamic convolution, as portions of its bank and of its bias."""
         found = {}
-        for node, call in self.calls.items():
-            dynamic = self.read(node, call)
-            factors = [] if dynamic is None else self._factors(dynamic)
-            if dynamic is not None and factors:
+        for dynamic in self.all:
+            if factors := self._factors(dynamic):
                 ops = [self.affine[f].op for f in factors]
                 portions = {dynamic.kernels: tuple(spread(o, dynamic.channels, self._each(dynamic)) for o in ops)}
                 if dynamic.bias is not None:
@@ -69,12 +68,14 @@ class Finder:
 
     def unbiased(self) -> list[Dynamic]:
         """Those without a bias, where what follows has a shift."""
-        found = []
-        for node, call in self.calls.items():
-            dynamic = self.read(node, call)
-            if dynamic is not None and dynamic.bias is None and self._factors(dynamic, shifts=True):
-                found += [] if self._factors(dynamic) else [dynamic]
-        return found
+        bare = [d for d in self.all if d.bias is None and not self._factors(d)]
+        return [d for d in bare if self._factors(d, shifts=True)]
+
+    @cached_property
+    def all(self) -> list[Dynamic]:
+        """Every dynamic convolution of the graph."""
+        found = [self.read(node, call) for node, call in self.calls.items()]
+        return [d for d in found if d is not None]
 
     def read(self, conv: Node, call: Call) -> Dynamic | None:
         """The dynamic convolution that runs in `conv`; None where any of it is something else."""
@@ -136,15 +137,13 @@ class Finder:
 
     def _factors(self, dynamic: Dynamic, shifts: bool = False) -> list[Node]:
         """The factors after a dynamic convolution, each read by the next alone, that it could take with `shifts`."""
-        found, node = list[Node](), dynamic.out
-        while len(following := self.readers(node)) == 1 and (step := self.affine.get(following[0])) is not None:
-            fits = step.op.spatial is None or step.op.out_channels == dynamic.channels
-            shifted = step.op.bias and dynamic.bias is None and not shifts
-            if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node or not fits or shifted:
-                break
-            node = following[0]
-            found.append(node)
-        return found
+
+        def fits(node: Node) -> bool:
+            op = self.affine[node].op
+            lost = op.bias and dynamic.bias is None and not shifts
+            return not lost and (op.spatial is None or op.out_channels == dynamic.channels)
+
+        return list(takewhile(fits, factors_after(dynamic.out, self.affine, self.readers)))
 
 
 def give_bias(view: View, patterns: Selection) -> bool:

@@ -24,6 +24,7 @@ from .names import plain as plain_name
 from .schema import bound
 from .tracer import has_hooks
 
+RESHAPES = {"reshape", "like", "flatten", "unflatten", "squeeze", "unsqueeze"}  # the same values in another shape
 # name: (canonical operation, names of its arguments, defaults)
 _TABLE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "flatten": ("flatten", "input start_dim end_dim", {"start_dim": 0, "end_dim": -1}),

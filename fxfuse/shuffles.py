@@ -7,7 +7,7 @@ which a neighbouring layer takes into its weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,12 @@ from .call import Call
 from .dims import Dims, asks, order_of
 from .names import plain
 from .pattern import Selection
-from .record import pointwise
+from .record import pointwise, shuffled
 from .refusal import Refusal
 
 if TYPE_CHECKING:
     from .view import View
 
-Readers = Callable[[Node], list[Node]]
 _OPENS, _CLOSES = ("reshape", "unflatten"), ("reshape", "flatten")
 
 
@@ -50,9 +49,9 @@ def candidates(shapings: Mapping[Node, Call]) -> list[Node]:
     return found
 
 
-def find_shuffles(shapings: Mapping[Node, Call], dims: Dims) -> tuple[Shuffle, ...]:
-    """All shuffles of a graph whose values between nobody else reads."""
-    found = [_read(node, shapings, dims) for node in candidates(shapings)]
+def find_shuffles(turns: Iterable[Node], shapings: Mapping[Node, Call], dims: Dims) -> tuple[Shuffle, ...]:
+    """The shuffles among the `candidates` of a graph, those whose values between nobody else reads."""
+    found = [_read(node, shapings, dims) for node in turns]
     return tuple(s for s in found if s is not None)
 
 
@@ -111,9 +110,8 @@ def use_shuffles(view: View, patterns: Selection) -> bool:
 
 def _taken(shuffle: Shuffle, view: View, patterns: Selection) -> bool:
     """Whether the layer before, read by nobody else, or the only one after can take the permutation."""
-    channels, size = shuffle.channels, shuffle.channels // shuffle.groups
-    reads = tuple((j % shuffle.groups) * size + j // shuffle.groups for j in range(channels))
-    op = pointwise("select", "select", shuffle.spatial, channels, reads=reads)
+    reads = shuffled(shuffle.channels, shuffle.groups)
+    op = pointwise("select", "select", shuffle.spatial, shuffle.channels, reads=reads)
     node, reader, following = shuffle.source, shuffle.nodes[0], view.readers(shuffle.nodes[-1])
     after = view.affine.get(following[0]) if len(following) == 1 else None
     pairs = []

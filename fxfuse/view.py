@@ -142,7 +142,7 @@ def _with_carries(view: View, shapings: Mapping[Node, Call]) -> View:
     carries = {n: a for n, a in steps.items() if a.op.kind == "carry"}
     finder = Finder(view.calls, shapings, view.affine, dims, view.readers)
     divisions |= finder.divisions() | Ahead(view.affine, view.facts, view.effects, view.readers).divisions()
-    view = replace(view, unbiased=tuple(finder.unbiased()), shuffles=find_shuffles(shapings, dims))
+    view = replace(view, unbiased=tuple(finder.unbiased()), shuffles=find_shuffles(turns, shapings, dims))
     return replace(view, affine=affine_nodes, passage=replace(passage, divisions=divisions), carries=carries)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import assert_untouched, count, fingerprint, randomize
 from torch import Tensor, nn
 
@@ -107,4 +106,4 @@ def test_what_stays(name: str) -> None:
 def test_a_padded_layer_takes_factors_without_a_shift() -> None:
     run(lambda s, x, y: s.c(torch.cat([y.abs() * 3, x.relu() * s.k], 1)), 0, padding=1)
     fused = run(lambda s, x, y: s.c(torch.cat([y.abs(), s.n(x.relu())], 1)), 1, padding=1)
-    assert F.pad(torch.ones(1), (1, 1)).sum() == 1 and fxfuse.report(fused).refused
+    assert fxfuse.report(fused).refused
