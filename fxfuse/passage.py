@@ -48,7 +48,7 @@ class Passage:
 def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> Passage:
     """`steps` are the nodes of one input, carries among them, in execution order; `readers` read data."""
     read = {n: readers(n) for n in steps}
-    up, down = _upward(steps, read), _downward(steps, read)
+    up, down = _upward(steps, read), {shift: _downward(steps, read, shift) for shift in (False, True)}
     carries, trees, seen = set[Node](), dict[Node, frozenset[Node]](), set[Node]()
     for node, affine in steps.items():
         if affine.op.kind != "scale" or node in seen:
@@ -61,7 +61,7 @@ def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[No
                 source = steps[source].inputs[0][0]
             while len(read[node]) == 1 and (node := read[node][0]) in steps and steps[node].op.kind == "carry":
                 carries.add(node)  # it may undo what came before
-        elif axis in down[node]:
+        elif axis in down[affine.op.bias][node]:
             tree = _tree(node, steps, read)
             seen |= tree
             carries |= {n for n in tree if steps[n].op.kind == "carry"}
@@ -187,22 +187,23 @@ def _upward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]]) -> di
     return up
 
 
-def _downward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]]) -> dict[Node, Axes]:
-    """Axes of each value along which every reader would absorb a factor."""
+def _downward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]], shift: bool) -> dict[Node, Axes]:
+    """Axes of each value along which every reader would absorb a factor, with or without a shift."""
     down: dict[Node, Axes] = {}
     for node in reversed(list(steps)):
-        accepted = [_accepted(node, r, steps, down) for r in read[node]]
+        accepted = [_accepted(node, r, steps, down, shift) for r in read[node]]
         down[node] = frozenset.intersection(*accepted) if accepted else frozenset()
     return down
 
 
-def _accepted(node: Node, reader: Node, steps: Mapping[Node, Affine], down: Mapping[Node, Axes]) -> Axes:
+def _accepted(node: Node, reader: Node, steps: Mapping[Node, Affine], down: Mapping[Node, Axes], shift: bool) -> Axes:
     affine = steps.get(reader)
     if affine is None or affine.inputs[0][0] is not node:
         return frozenset()
     op = affine.op
     if op.weighted:
-        return frozenset() if op.pads or op.transposed else frozenset((_axis(op), ANY))
+        border = op.pads and op.padding_mode == "zeros" and (shift or op.pad_value != 0)  # it would change with them
+        return frozenset() if border or op.transposed else frozenset((_axis(op), ANY))
     if not passes(op):
         return frozenset()
     here, axes = down[reader], axes_of(op)

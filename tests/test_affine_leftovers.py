@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import count, randomize
+from helpers import assert_untouched, count, fingerprint, randomize
 from safety import model_of
 from test_laws import EVERY, inputs, integers
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def parts() -> dict[str, Any]:
 
 CASES: dict[str, tuple[Any, dict[str, int]]] = {
     "scaled residual": (lambda s, x: s.p(scaled_residual(s, x)) / 2, {"conv": 4, "add": 1, "cat": 1}),
-    "normalizer-free": (normalizer_free, {"conv": 3, "add": 1, "mul": 2}),  # before several padded layers they stay
+    "normalizer-free": (normalizer_free, {"conv": 3, "add": 1}),
     "learned temperature": (learned_temperature, {"conv": 2}),
     "two residual scales": (lambda s, x: s.b(x.relu()) * s.gain + s.c(x.sigmoid()) / 4, {"conv": 2, "add": 1}),
     "layer scale behind dropout": (lambda s, x: s.gain * F.dropout(s.b(x), 0.1, False), {"conv": 1}),
@@ -150,3 +150,39 @@ def test_layer_norm_that_no_layer_reads_or_without_weights_is_not_mentioned() ->
     ):
         model = model_of(forward, norm=norm, head=nn.Linear(4, 3)).eval()
         assert "layer_norm" not in str([r.reason for r in fxfuse.report(fxfuse.optimize(model)).refused])
+
+
+def both(y: Tensor, self: Any) -> Tensor:
+    return self.b(y).relu() * self.p(y).sigmoid()
+
+
+SHARED: dict[str, tuple[Any, dict[str, int]]] = {
+    "a factor a channel": (lambda s, x: both(x.relu() * s.k, s), {}),
+    "a factor and a pool": (lambda s, x: both(F.avg_pool2d(x.relu() * s.k, 3, 1), s), {}),
+    "a shift": (lambda s, x: both(s.n(x.relu()), s), {"bn": 1}),
+    "a factor and a shift": (lambda s, x: both(x.relu() * s.k + 3, s), {"mul": 1, "add": 1}),
+    "a border of another value": (lambda s, x: both(F.pad(x.relu() * s.k, (1, 1, 1, 1), value=3.0), s), {"mul": 1}),
+    "a border of zeros by itself": (lambda s, x: both(F.pad(x.relu() * s.k, (1, 2, 0, 1)), s), {"mul": 1}),
+    "a mirrored border": (lambda s, x: (lambda y: s.m(y).relu() * s.p(y).relu())(x.relu() * s.k), {}),
+    "a mirrored border and a shift": (lambda s, x: (lambda y: s.m(y).relu() * s.p(y).relu())(s.n(x.relu())), {}),
+    "another reader": (lambda s, x: (lambda y: both(y, s) * y.sigmoid())(x.relu() * s.k), {"mul": 1}),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_padded_layers_share_a_factor_but_no_shift(name: str) -> None:
+    forward, kept = SHARED[name]
+    mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    extra = {"n": nn.BatchNorm2d(4), "m": mirrored, "k": nn.Parameter(torch.ones(1, 4, 1, 1))}
+    model = randomize(model_of(forward, **parts(), **extra).double(), integer=True)
+    with torch.no_grad():
+        model.k.copy_(torch.tensor([0.5, -2.0, 4.0, -1.0]).view(1, 4, 1, 1))
+    before, tensors = fingerprint(model), inputs(4, 2)
+    fused = fxfuse.optimize(model, tensors[0])
+    for x in tensors:
+        assert torch.equal(fused(x), model(x))
+    assert_untouched(model, before)
+    executed, products = count(fused, tensors[0]), 1 + (name == "another reader")
+    assert {n: executed[n] - products * (n == "mul") for n in ("mul", "add", "bn")} == {
+        n: kept.get(n, 0) for n in ("mul", "add", "bn")
+    }
