@@ -82,7 +82,8 @@ class Planner:
         chains, sites, left = find(self.view, shared, divided), list[Site](), set[Node]()
         self.refusals, self.fused = [], set()
         self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
-        trees, divisions = self.view.passage.trees, self.view.passage.divisions
+        divisions = self.view.passage.divisions
+        roots = {n: first for first in shared for n in self.view.passage.trees[first]}
         placed = Counter[Node]()
         for chain in chains:
             if refusal := self._overwritten(chain):
@@ -96,8 +97,7 @@ class Planner:
                 placed.update(_moved(best.segments))
                 sites += [Site(chain.source, best.segments)] if taken else []
                 self.fused |= taken
-            first = next(part_nodes(chain.parts[0]), None)
-            left |= {first} if first in shared and stay & trees[first] else set()
+            left |= {roots[n] for n in stay & roots.keys()}
         left |= {d for d in divided if min(placed[f] for f in divisions[d].factors) < len(divisions[d].portions)}
         return sites, left
 

@@ -186,3 +186,28 @@ def test_padded_layers_share_a_factor_but_no_shift(name: str) -> None:
     assert {n: executed[n] - products * (n == "mul") for n in ("mul", "add", "bn")} == {
         n: kept.get(n, 0) for n in ("mul", "add", "bn")
     }
+
+
+JOINED: dict[str, Any] = {
+    "summed": lambda s, y: s.b(s.a(y)) + s.p(y),
+    "side by side": lambda s, y: torch.cat([s.b(s.a(y)), s.p(y)], 1),
+    "summed with it": lambda s, y: s.b(s.a(y)) + s.p(y) + s.c(y.relu()),
+    "in two joins": lambda s, y: (s.b(s.a(y)) + s.p(y)) * (s.c(s.a(y)) - s.p(y)),
+}
+
+
+@pytest.mark.parametrize("past", ["itself", "a reshape"])
+@pytest.mark.parametrize("name", JOINED)
+def test_a_shared_shift_that_one_branch_cannot_take_stays_before_all(name: str, past: str) -> None:
+    """A batch norm before a 1x1 that could take it, but had rather be one with the padded layer after it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.n(x.relu())
+        out: Tensor = JOINED[name](self, y if past == "itself" else y.reshape(y.size(0), 4, -1, 1))
+        return out
+
+    model = randomize(model_of(forward, **parts(), n=nn.BatchNorm2d(4)).double(), integer=True)
+    model.a.bias = None
+    for examples in (None, inputs(4, 2)[0]):
+        fused = fxfuse.optimize(model, examples)
+        assert all(torch.equal(fused(x), model(x)) for x in inputs(4, 2))
