@@ -86,7 +86,7 @@ class Body:
         self.lines: list[str] = []
         self.layers: list[Layer] = []
         self.constants: list[str] = []
-        self.count = 0
+        self.count, self.sharp = 0, False
 
     def add(self, statement: Any, g: Reader) -> None:
         """Write one statement of the menu, or nothing if it does not fit."""
@@ -152,8 +152,9 @@ class Body:
     def run(self, line: str, results: Iterable[str], sharp: bool = False) -> None:
         """Add a line after which `results` are new or changed tensors; it must run and give tame numbers.
 
-        `sharp`: it can turn a rounding error into a large one, so it is only for exact numbers.
+        `sharp`: it, or a module that it calls, can turn a rounding error into a large one: only for exact numbers.
         """
+        sharp = sharp or any(name in line and getattr(module, "sharp", False) for name, module in self.layers)
         if sharp and not self.scope.exact:
             raise Rejected
         try:
@@ -168,6 +169,7 @@ class Body:
             if name not in self.names:
                 self.names.append(name)
         self.lines.append(line)
+        self.sharp = self.sharp or sharp
 
     def _judge(self, value: Any) -> None:
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel() or value.dim() > 6:

@@ -49,6 +49,7 @@ def block(body: Body, g: Reader) -> None:
     result = f"{inner.names[-1]}, {inner.names[0]}" if several else inner.names[-1]
     source = inner.source(name, result)
     exec(source, body.scope.names)
+    body.scope.names[name].sharp = inner.sharp
     body.scope.classes.append(source)
     m = body.declare("m", f"{name}()")
     body.after.extend(f"{m.removeprefix('self.')}.{line}" for line in inner.after)
