@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .cost import CostFunction
+from .moves import move_permutations, use_shuffles
 from .pattern import Selection
 from .report import Fired
 from .runtime_weight import give_bias
-from .shuffles import use_shuffles
 from .swap import swap
 from .view import View
 
@@ -23,6 +23,6 @@ def prepare(
         view = again()
     if give_bias(view, patterns):
         view = again()
-    while use_shuffles(view, patterns):
+    while use_shuffles(view, patterns, price) or move_permutations(view, patterns, price):
         view = again()
     return view, tuple(fired)

@@ -60,7 +60,7 @@ STAY: dict[str, Forward] = {
     "a few of many, which a wider layer would pay for": lambda s, x: s.two(s.n(s.a(x)).relu()[:, [4, 1]]),
     "another axis": lambda s, x: s.c(s.n(s.a(x)).relu()[:, :, [1, 0]]),
     "samples": lambda s, x: s.c(s.n(s.a(x)).relu()[[1, 0]]),
-    "before a grouped layer": lambda s, x: s.g(s.n(s.a(x)).relu()[:, ORDER]),
+    "before a grouped layer": lambda s, x: s.g(x.repeat(1, 2, 1, 1)[:, 1:7].relu()[:, ORDER]),
     "beside a slice": lambda s, x: s.c(s.n(s.a(x)).relu()[:, ORDER, 1:]),
 }
 
