@@ -10,6 +10,7 @@ from torch.fx import Node
 from .arguments import Affine
 from .constants import Attr
 from .cost import CostFunction
+from .indices import indexed
 from .names import place
 from .passage import passes
 from .pattern import Selection
@@ -45,7 +46,8 @@ def _permutations(view: View, routes: Routes, fused: Set[Node]) -> list[Refusal]
     """Why permutations of channels stayed: what is on either side of them."""
     notes = list[Refusal]()
     single = [permutation_of(n, a) for n, a in view.affine.items() if n not in fused]
-    for permutation in (*filter(None, single), *(s.permutation for s in view.shuffles)):
+    by_tensor = [i.permutation for i in indexed(view) if i.permutation.whole]
+    for permutation in (*filter(None, single), *by_tensor, *(s.permutation for s in view.shuffles)):
         found, where = routes.find(permutation), place(permutation.last)
         if isinstance(found, Route):
             reason = "a permutation of channels stays: what it reads is written in place before a layer could take it"

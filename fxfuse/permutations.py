@@ -30,7 +30,8 @@ KINDS = ("conv", "scale", "pool", "pad", "identity")  # of what a permutation ma
 class Permutation:
     """The nodes of a permutation in order, what they read, and the channels they take.
 
-    `assumes` is the rank it takes for granted. `plain` says that it is one operation on the channels already.
+    `assumes` is the rank it takes for granted, `channels` the number of those it takes from, where it takes some or
+    some again. `plain` says that it is one operation on the channels already.
     """
 
     nodes: tuple[Node, ...]
@@ -38,7 +39,13 @@ class Permutation:
     reads: Ints
     spatial: int
     assumes: int | None = None
+    channels: int | None = None
     plain: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it takes every channel once."""
+        return self.channels in (None, len(self.reads)) and len(set(self.reads)) == len(self.reads)
 
     @property
     def last(self) -> Node:
@@ -76,6 +83,8 @@ def passed(node: Node, view: View, permutation: Permutation, reads: Ints, forwar
     affine, modules = view.affine.get(node), view.captured.modules
     if node.op in ("placeholder", "output"):
         return Refusal("the model is given it" if node.op == "placeholder" else "the model returns it")
+    if not permutation.whole:
+        return _refusal("is no layer that takes some channels", node)
     if affine is None:
         alike = activations.read(node, modules) is not None or pooled(node, modules) == permutation.spatial
         return Passed(node, reads) if alike else _refusal("may treat channels differently", node)
