@@ -97,11 +97,11 @@ def passed(node: Node, view: View, permutation: Permutation, reads: Ints, forwar
         return _refusal("has its channels on another axis", node)
     if op.groups == 1:
         return Refusal("")  # it takes the permutation, or says itself why not
+    if not isinstance(op.pad_value, (int, float)) or (op.kind == "conv" and op.padding_mode != "zeros"):
+        return _refusal("pads in a way that has no form for permuted channels", node)
     plain = not (op.transposed or op.framed or op.reads is not None or affine.extra or affine.width)
     if not plain or op.kind not in KINDS or affine.inputs[0][0] not in node.all_input_nodes:
         return _refusal("has no form for permuted channels", node)
-    if not isinstance(op.pad_value, (int, float)) or (op.kind == "conv" and op.padding_mode != "zeros"):
-        return _refusal("pads in a way that has no form for permuted channels", node)
     sizes = (op.in_channels // op.groups, op.out_channels // op.groups)
     inner, outer = sizes if forward else sizes[::-1]
     groups = _groups(reads, inner, strict=forward)

@@ -22,6 +22,7 @@ from .record import Operator, pointwise
 from .refusal import Refusal
 from .view import View
 
+FAR = 64  # nodes on a way that are looked at: bounds a search that grows with the square of their number
 NAMED = 3  # readers of a value that a refusal names
 STRAIGHT = ("scale", "identity", "select", "pad")  # kinds that a layer takes in together with a permutation
 
@@ -54,7 +55,7 @@ class Routes:
     def _walk(self, permutation: Permutation, forward: bool) -> Route | Refusal:
         node, reader = (permutation.last if forward else permutation.source), permutation.nodes[0]
         reads, steps = permutation.reads, list[Passed]()
-        while True:
+        while len(steps) < FAR:
             channels = permutation.channels or len(reads)
             op = pointwise("select", "select", permutation.spatial, len(reads), reads=reads)
             op = op if steps else replace(op, in_channels=channels)
@@ -73,6 +74,7 @@ class Routes:
             reads = step.reads
             if not forward:
                 reader, node = node, self._input(node)
+        return Refusal(f"no layer is among the next {FAR} operations")
 
     def _input(self, node: Node) -> Node:
         affine = self.view.affine.get(node)
@@ -80,7 +82,7 @@ class Routes:
 
     def _taken(self, op: Operator, node: Node, reader: Node, permutation: Permutation, forward: bool) -> Refusal | None:
         """None where the next layer takes a permutation that stands after `node`, else why it does not, "" if none."""
-        while True:
+        for _ in range(FAR):
             following = self.view.readers(node)
             if len(following) != 1 or following[0] not in node.users or (not forward and following != [reader]):
                 return Refusal("")
@@ -98,6 +100,7 @@ class Routes:
                 return Refusal("")
             op = both
             node, reader = here if forward else self._input(here), here
+        return Refusal("")
 
     def _pays(self, both: Operator | Refusal, layer: Operator, node: Node) -> Refusal | None:
         """Why a layer does not take what it meets, None if it does at no more cost than its own."""

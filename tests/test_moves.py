@@ -162,6 +162,34 @@ def test_what_stays_says_why(name: str) -> None:
     assert notes[0].where and notes[0].remedy and "  " not in str(notes[0])
 
 
+def filled(s: Any, x: Tensor) -> Tensor:
+    """`x` padded with a value for each channel."""
+    y, value = F.pad(x, [1] * 4), s.gamma[None]
+    y[:, :, 0:1, :] = value
+    y[:, :, -1:, :] = value
+    y[:, :, :, 0:1] = value
+    y[:, :, :, -1:] = value
+    return y
+
+
+FILLED: dict[str, Forward] = {
+    "before a depthwise layer": lambda s, x: s.last(s.doubled(filled(s, s.n0(s.g(x)).relu()[:, ORDER]))[:, :12].relu()),
+    "behind an activation": lambda s, x: s.last(filled(s, s.hard(s.n0(s.g(x))[:, ORDER])).relu()),
+    "after a layer": lambda s, x: s.g(filled(s, s.hard(s.n0(s.dense(x))))[:, ORDER]).relu(),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_no_permutation_passes_a_padding_with_a_value_a_channel(name: str) -> None:
+    fused, counts = run(FILLED[name])
+    assert stays(counts) and any("pads in a way" in r.detail for r in fxfuse.report(fused).refused)
+
+
+def test_a_layer_takes_a_permutation_before_such_a_padding() -> None:
+    _, counts = run(lambda s, x: s.last(filled(s, s.n0(s.dense(x))[:, ORDER])))
+    assert not stays(counts)
+
+
 def shared(s: Any, x: Tensor) -> Tensor:
     y = s.n0(s.g(x))
     return s.last(s.relu_(y[:, ORDER])) + s.last(y.tanh().round())
