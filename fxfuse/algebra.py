@@ -243,10 +243,12 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
 
 
 def _permuted(op: Operator) -> Operator:
-    """A dense operator that reads all channels in another order reads them in order instead."""
-    if op.reads is not None and op.groups == 1 and len(op.reads) == op.in_channels == len(set(op.reads)):
-        return densify(op, 1, full=True)
-    return op
+    """An operator whose groups read all their channels in another order reads them in order instead."""
+    if op.reads is None or len(op.reads) != op.in_channels:
+        return op
+    width = op.in_channels // op.groups
+    own = (set(op.reads[i : i + width]) == set(range(i, i + width)) for i in range(0, op.in_channels, width))
+    return densify(op, op.groups, full=True) if all(own) else op
 
 
 def _branches(ops: Sequence[Operator]) -> Refusal | None:

@@ -165,7 +165,7 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
     made = functional(rewriter.graph, rewriter.layers)
     folded = {path: (names[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
     constants = {path: attribute(take.captured.root, path) for path in held}
-    return Planned(rewriter.graph, take.state, folded, constants, report)
+    return Planned(rewriter.graph, take.state, folded, constants, report, take.captured.held)
 
 
 def _look(take: Traced) -> View:

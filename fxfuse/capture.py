@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .constants import Attr
+from .constants import Apply, Attr
 from .guards import guarded
 from .refusal import CaptureError, Refusal
 from .tracer import CHECKED
@@ -37,6 +37,7 @@ class Captured:
     """One graph, the module it reads its state from, and tensors that only the trace knows.
 
     `general` tells that the graph holds for every batch and size the model takes.
+    `held` are constants whose values the graph was changed by, with these: it holds for no others.
     `whole` are the submodules that stay one call each, by path, with what kept them from being traced.
     """
 
@@ -46,6 +47,7 @@ class Captured:
     how: str = "symbolic"
     general: bool = True
     whole: Mapping[str, str] = field(default_factory=dict)
+    held: dict[Attr | Apply, tuple[int, ...]] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from .call import Call
 from .fact import Fact
 from .names import is_aten, plain
+from .picks import pick
 from .shaping import elementwise, ints_of, pooled
 
 
@@ -201,6 +202,9 @@ class Dims:
             return tuple(ONE if i in gone else s for i, s in enumerate(x) if call.args["keepdim"] or i not in gone)
         if call.op == "getitem":
             cuts = call.args["index"]
+            if (picked := pick(cuts)) is not None:
+                axis = _index(picked.axis, rank)
+                return None if axis is None else (*x[:axis], None, *x[axis + 1 :])
             if not isinstance(cuts, tuple) or not all(isinstance(c, slice) for c in cuts) or len(cuts) > rank:
                 return None
             return (*(s if c == slice(None) else None for s, c in zip(x, cuts, strict=False)), *x[len(cuts) :])

@@ -101,16 +101,14 @@ class Effects:
 
     def private_write(self, writer: Node) -> bool:
         """Whether nothing but the writer's result can see that `writer` wrote."""
-        at = self.position[writer]
-        for target in self.writes.get(writer, ()):
-            if any(plain(m.target) in _OVERLAPPING for m in self._members[self.classes[target]]):
-                return False  # what is written to one place may be read at another
-            for member in self._members[self.classes[target]]:
-                if member.op in ("placeholder", "get_attr"):
-                    return False
-                if self.position[member] < at and self.last_use[member] > at:
-                    return False
-        return True
+        return all(self.private(target, writer) for target in self.writes.get(writer, ()))
+
+    def private(self, value: Node, writer: Node) -> bool:
+        """Whether nothing but the writer's result could see that `writer` wrote the memory of `value`."""
+        at, members = self.position[writer], self._members[self.classes[value]]
+        if any(plain(m.target) in _OVERLAPPING or m.op in ("placeholder", "get_attr") for m in members):
+            return False  # what is written to one place may be read at another
+        return not any(self.position[m] < at and self.last_use[m] > at for m in members)
 
     def writers(self, value: Node) -> list[Node]:
         """The nodes that may write `value` or something that shares its memory: all are in its class."""

@@ -12,8 +12,8 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from .constants import Attr
+from .constants import Apply, Attr
 from .dynamo import frozen_state, statistics
+from .indices import Held, changed
 from .inner import compiled
 from .materialize import tensors
 from .record import Operator
@@ -44,7 +45,8 @@ class Planned:
     """A rewritten graph of functions, and where its attributes come from.
 
     `state` are paths of the model's tensors by argument position; `folded` the operator and the place
-    (in `PARAMETERS`) of those computed from them; `constants` belong to the graph.
+    (in `PARAMETERS`) of those computed from them; `constants` belong to the graph. It holds only while `held`,
+    tensors of indices, have these values.
     """
 
     graph: Graph
@@ -52,6 +54,7 @@ class Planned:
     folded: dict[str, tuple[Operator, int]]
     constants: dict[str, Any]
     report: Report
+    held: Mapping[Attr | Apply, Held] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,11 @@ class Entry:
         """Compute what is folded of the weights, and a runner for it."""
         with torch.no_grad(), torch.inference_mode(False), _no_autocast():
             values = {self.planned.state[i]: t.detach() for i, t in zip(self.state, state, strict=True)}
+            other = changed(self.planned.held, lambda attr: self._value(attr, values))
+            if other is not None:
+                logger.warning("a graph is run as it is: %s holds other indices than its plan was made for", other)
+                found.runner = self._unfolded(inputs)
+                return
             stored = tensors((op for op, _ in self.planned.folded.values()), lambda attr: self._value(attr, values))
         refused = [r for r in stored.values() if isinstance(r, Refusal)]
         if refused:

@@ -9,17 +9,24 @@ from torch.fx import Node
 
 from .arguments import Affine
 from .constants import Attr
+from .cost import CostFunction
+from .indices import indexed
+from .names import place
 from .passage import passes
 from .pattern import Selection
+from .permutations import permutation_of
 from .record import Operator
 from .refusal import Refusal
+from .routes import Route, Routes
 from .shaping import read_shaping
 from .view import View
 
 NAMED = 3  # readers of a batch norm that its refusal names
 
 
-def left_over(view: View, patterns: Selection, joined: Set[Node], fused: Set[Node]) -> list[Refusal]:
+def left_over(
+    view: View, patterns: Selection, price: CostFunction, joined: Set[Node], fused: Set[Node]
+) -> list[Refusal]:
     """Refusals of the view, and of affine nodes that neither a join (`joined`) nor a fusion took."""
     notes = list(view.refused.values())
     for node, affine in view.affine.items():
@@ -31,7 +38,26 @@ def left_over(view: View, patterns: Selection, joined: Set[Node], fused: Set[Nod
         if call.op == "batch_norm" and node not in view.affine and node not in view.refused:
             reason = "what batch_norm normalizes with is computed when the model runs, or of several dtypes"
             notes.append(Refusal(reason, where=call.path or node.name))
+    notes += _permutations(view, Routes(view, patterns, price), fused)
     return notes + [note for node in view.captured.graph.nodes for note in _layer_norm(view, node)]
+
+
+def _permutations(view: View, routes: Routes, fused: Set[Node]) -> list[Refusal]:
+    """Why permutations of channels stayed: what is on either side of them."""
+    notes = list[Refusal]()
+    single = [permutation_of(n, a) for n, a in view.affine.items() if n not in fused]
+    by_tensor = [i.permutation for i in indexed(view) if i.permutation.whole]
+    for permutation in (*filter(None, single), *by_tensor, *(s.permutation for s in view.shuffles)):
+        found, where = routes.find(permutation), place(permutation.last)
+        if isinstance(found, Route):
+            reason = "a permutation of channels stays: what it reads is written in place before a layer could take it"
+            notes.append(Refusal(reason, where, "use the out-of-place form"))
+            continue
+        before, after = found
+        reason = "a permutation of channels stays: no layer before it or after it can take it into its weight"
+        remedy = "a layer with groups=1 takes it, past activations and depthwise layers that nothing else reads"
+        notes.append(Refusal(reason, where, remedy, f"before it {before.reason}; after it {after.reason}"))
+    return notes
 
 
 def _layer_norm(view: View, node: Node) -> list[Refusal]:
@@ -50,7 +76,7 @@ def _layer_norm(view: View, node: Node) -> list[Refusal]:
     held = view.constants.get(weight) if isinstance(weight, Node) else None
     where = held.path.rpartition(".")[0] if isinstance(held, Attr) else ""
     reason = "layer_norm keeps its weight and bias: measured, the layer after it gains nothing by taking them"
-    return [Refusal(reason, where or _place(node), detail=f"read by {', '.join(map(_place, readers[:NAMED]))}")]
+    return [Refusal(reason, where or place(node), detail=f"read by {', '.join(map(place, readers[:NAMED]))}")]
 
 
 def _through_permutations(view: View, node: Node) -> list[Node]:
@@ -87,12 +113,12 @@ def _lonely_norm(view: View, patterns: Selection, node: Node, affine: Affine, fu
     absorbs = before is not None and (source in fused if before.kind != "unary" else before.op.weighted)
     if before is None or not absorbs:
         reason = "batch_norm follows no convolution or linear layer of constant weight that could absorb it"
-        return Refusal(reason, detail=f"after {_place(source)}; {_below(view, patterns, node, affine)}")
+        return Refusal(reason, detail=f"after {place(source)}; {_below(view, patterns, node, affine)}")
     others = [u for u in view.readers(source) if u is not reader]
     if others:
         return Refusal(
             "the output of the layer before batch_norm is read elsewhere too",
-            detail=f"by {', '.join(map(_place, others))}",
+            detail=f"by {', '.join(map(place, others))}",
             remedy="read the normalized tensor there instead",
         )
     if carried:
@@ -114,10 +140,6 @@ def _below(view: View, patterns: Selection, node: Node, affine: Affine) -> str:
         both = patterns.combine("chain", affine.op, after.op) if after is not None and after.op.weighted else None
         dear = "exact with a frame, but it would cost more" if isinstance(both, Operator) and both.framed else ""
         why = both.reason if isinstance(both, Refusal) else dear
-        told.append(f"{_place(reader)} ({why})" if why else _place(reader))
+        told.append(f"{place(reader)} ({why})" if why else place(reader))
     more = [f"{len(readers) - NAMED} more"] if len(readers) > NAMED else []
     return f"read by {', '.join(told + more)}" if told else "read by nobody"
-
-
-def _place(node: Node) -> str:
-    return str(node.target) if node.op == "call_module" else "the output" if node.op == "output" else node.name

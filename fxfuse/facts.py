@@ -21,6 +21,7 @@ from .effects import rank_check
 from .fact import Fact, fact_of, known, of_shape, same_rank, same_shape
 from .kinds import is_number
 from .names import plain
+from .picks import pick
 from .shaping import elementwise, pooled
 
 
@@ -176,6 +177,10 @@ def _relate_item(call: Call, pieces: Call | None, source: Node, out: Fact, facts
     elif isinstance(index, tuple) and all(isinstance(i, slice) for i in index):
         same_rank(facts[source], out)
         _relate_slices(index, facts[source], out)
+    elif (picked := pick(index)) is not None:
+        same_rank(facts[source], out)
+        facts[source].at_least(picked.axis + 1 if picked.axis >= 0 else -picked.axis)
+        _relate_part(picked.axis, len(picked.entries), facts[source], out)
     else:
         ranks.relate_index(index, facts[source], out)
 

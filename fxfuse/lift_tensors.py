@@ -12,6 +12,7 @@ from .arguments import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data,
 from .call import PIECES, Call
 from .constants import Apply, Attr
 from .names import plain
+from .picks import Pick, pick
 from .record import IDENTITY, pointwise, shuffled
 from .refusal import Refusal
 
@@ -116,6 +117,8 @@ def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
     cut_up = source.op in ("call_function", "call_method") and plain(source.target) in PIECES
     if cut_up and isinstance(index, int):
         return _piece(source, index, facts, node)
+    if (picked := pick(index)) is not None:
+        return _picked(source, picked, facts, node)
     if not isinstance(index, tuple) or len(index) < 2 or not all(isinstance(i, slice) for i in index):
         raise Unknown
     full, cut = slice(None), index[1]
@@ -126,6 +129,16 @@ def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
     if channels is None or not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
         raise Unknown
     return _selected(source, tuple(range(*cut.indices(channels))), channels, spatial, node, assumes)
+
+
+def _picked(source: Node, picked: Pick, facts: Facts, node: Node) -> Affine:
+    """Entries of the channel axis in any order."""
+    spatial, assumes = axis_layout(facts[source], picked.axis)
+    channels = facts[source].channels(spatial)
+    reads = None if channels is None else picked.reads(channels)
+    if channels is None or reads is None:
+        raise Unknown
+    return _selected(source, reads, channels, spatial, node, assumes)
 
 
 def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:

@@ -43,3 +43,8 @@ def above(path: str) -> list[str]:
     """The modules that hold what is at `path`: `a` and `a.b` for `a.b.c`."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def place(node: Node) -> str:
+    """The path or name by which a message speaks of a node."""
+    return str(node.target) if node.op == "call_module" else "the output" if node.op == "output" else node.name

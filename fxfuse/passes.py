@@ -75,7 +75,7 @@ class Outcome:
         self.saved += done.params - rewriter.params() if dry_run else 0
         if part.path and not fired:
             return  # the module itself is as good, and keeps its class
-        self.replays += (Replay(part.path, recipes, done.view.captured.constants),)
+        self.replays += (Replay(part.path, recipes, done.view.captured.constants, done.view.captured.held),)
         if not dry_run:
             built = self.memo[id(part.module)] = rewriter.build(self.memo)
             keep(built, {name: getattr(part.module, name) for name in part.asked})

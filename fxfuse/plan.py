@@ -74,7 +74,7 @@ class Planner:
             shared, divided = (shared - left) | (divided & left & trees), divided - left
             if not shared and not divided:
                 sites, _ = self._sites(shared, divided)
-        notes = left_over(self.view, self.patterns, self.joined, self.fused)
+        notes = left_over(self.view, self.patterns, self.cost, self.joined, self.fused)
         return Plan(tuple(sites), tuple(dict.fromkeys((*self.refusals, *notes))))
 
     def _sites(self, shared: frozenset[Node], divided: frozenset[Node]) -> tuple[list[Site], set[Node]]:

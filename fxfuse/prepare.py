@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .cost import CostFunction
+from .indices import write_indices
+from .moves import move_permutations, use_shuffles
 from .pattern import Selection
 from .report import Fired
 from .runtime_weight import give_bias
-from .shuffles import use_shuffles
 from .swap import swap
 from .view import View
 
@@ -23,6 +24,7 @@ def prepare(
         view = again()
     if give_bias(view, patterns):
         view = again()
-    while use_shuffles(view, patterns):
+    steps = (use_shuffles, write_indices, move_permutations)
+    while any(step(view, patterns, price) for step in steps):
         view = again()
     return view, tuple(fired)

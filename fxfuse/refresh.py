@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .assemble import spelled
-from .constants import model_values
+from .constants import Apply, Attr, model_values
 from .fold import tensor_at
+from .indices import Held, changed
 from .materialize import PARAMETERS, tensors
 from .refusal import Refusal
 from .report import Report
@@ -23,11 +24,15 @@ STORE = "_fxfuse"
 
 @dataclass(frozen=True)
 class Replay:
-    """How the fused layers of one part of a model are computed, and the tensors that only its trace knew."""
+    """How the fused layers of one part of a model are computed, and the tensors that only its trace knew.
+
+    `held` are tensors of indices that decided the plan, with what they held.
+    """
 
     path: str
     recipes: tuple[Recipe, ...]
     constants: dict[str, Any]
+    held: dict[Attr | Apply, Held] = field(default_factory=dict)
 
 
 def store(fused: nn.Module, report: Report, replays: tuple[Replay, ...]) -> None:
@@ -69,7 +74,8 @@ def refresh(fused: nn.Module | None = None, model: nn.Module | None = None) -> n
 
     Raises:
         TypeError: `fused` does not come from `optimize`.
-        ValueError: `model` lacks a weight, holds it in another shape, or a merged weight is not finite.
+        ValueError: `model` lacks a weight, holds it in another shape, or a merged weight is not finite; or it takes
+            channels by a tensor of indices that holds others now.
     """
     if fused is None or model is None:
         if fused is not model:
@@ -98,9 +104,13 @@ def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
     """The tensors of one part's fused layers, by full name."""
     try:
         values = model_values(model.get_submodule(replay.path), replay.constants)
+        other = changed(replay.held, values)
         computed = tensors((recipe.op for recipe in replay.recipes), values)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} is not the model that was optimized: {error}") from error
+    if other is not None:
+        where = f"{replay.path}.{other}" if replay.path else other
+        raise ValueError(f"{where} holds other indices than the plan was made for: call fxfuse.optimize again")
     fresh: dict[str, Any] = dict(replay.constants)
     for recipe in replay.recipes:
         numbers = computed[recipe.op]

@@ -9,21 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
-from . import algebra
 from .call import Call
-from .dims import Dims, asks, order_of
+from .dims import Dims, order_of
 from .names import plain
-from .pattern import Selection
-from .record import pointwise, shuffled
-from .refusal import Refusal
-
-if TYPE_CHECKING:
-    from .view import View
+from .permutations import Permutation
+from .record import shuffled
 
 _OPENS, _CLOSES = ("reshape", "unflatten"), ("reshape", "flatten")
 
@@ -37,6 +31,11 @@ class Shuffle:
     groups: int
     channels: int
     spatial: int
+
+    @property
+    def permutation(self) -> Permutation:
+        reads = shuffled(self.channels, self.groups)
+        return Permutation(self.nodes, self.source, reads, self.spatial, plain=False)
 
 
 def candidates(shapings: Mapping[Node, Call]) -> list[Node]:
@@ -82,48 +81,3 @@ def _read(turn: Node, shapings: Mapping[Node, Call], dims: Dims) -> Shuffle | No
     if order_of(shapings[turn], len(opened)) != swap:
         return None
     return Shuffle(source, tuple(nodes), groups.factor, x[1].factor, len(x) - 2)
-
-
-def use_shuffles(view: View, patterns: Selection) -> bool:
-    """Write those shuffles as one operation that a layer before or after them can take; whether there were any.
-
-    The captured graph is changed, before the plan.
-    """
-    graph, done = view.captured.graph, False
-    for shuffle in view.shuffles:
-        at = [view.effects.position[n] for n in shuffle.nodes]
-        written = view.effects.written_between(shuffle.source, at[0], at[-1], shuffle.nodes)
-        if written is not None or not _taken(shuffle, view, patterns):
-            continue
-        last, done = shuffle.nodes[-1], True
-        with graph.inserting_before(last):
-            new = graph.call_function(torch.channel_shuffle, (shuffle.source, shuffle.groups))
-        new.meta = {k: last.meta[k] for k in ("nn_module_stack", "stack_trace") if k in last.meta}
-        last.replace_all_uses_with(new)
-        for node in reversed(shuffle.nodes):
-            graph.erase_node(node)
-    for node in reversed(graph.nodes) if done else ():  # sizes that were asked for them alone
-        if not node.users and asks(node):
-            graph.erase_node(node)
-    return done
-
-
-def _taken(shuffle: Shuffle, view: View, patterns: Selection) -> bool:
-    """Whether the layer before, read by nobody else, or the only one after can take the permutation."""
-    reads = shuffled(shuffle.channels, shuffle.groups)
-    op = pointwise("select", "select", shuffle.spatial, shuffle.channels, reads=reads)
-    node, reader, following = shuffle.source, shuffle.nodes[0], view.readers(shuffle.nodes[-1])
-    after = view.affine.get(following[0]) if len(following) == 1 else None
-    pairs = []
-    while (before := view.affine.get(node)) is not None and before.kind == "unary" and view.readers(node) == [reader]:
-        pairs.append((before.op, op))
-        if before.op.kind not in ("scale", "identity", "select"):
-            break
-        reader, node = node, before.inputs[0][0]
-    if after is not None and after.kind == "unary":
-        pairs.append((op, after.op))
-    for f, g in pairs:
-        both = patterns.combine("chain", f, g) if f.weighted or g.weighted else None
-        if both is not None and not isinstance(both, Refusal) and not isinstance(algebra.finish(both), Refusal):
-            return True
-    return False

@@ -257,8 +257,13 @@ def _dense(f: Operator, weight: Tensor, groups: int, full: bool = False) -> Tens
         wide[rows, (rows // (count // f.groups)) % ratio] = weight
         weight = wide.flatten(1, 2)
     if full and f.reads is not None:
-        wide = weight.new_zeros(count, f.in_channels, *weight.shape[2:])
-        weight = wide.index_add_(1, torch.tensor(f.reads, device=weight.device), weight)
+        columns = torch.tensor(f.reads, device=weight.device).reshape(groups, -1)
+        wide = weight.new_zeros(count, f.in_channels // groups, *weight.shape[2:])
+        if groups == 1:  # which may read a channel twice
+            return wide.index_add_(1, columns[0], weight)
+        rows = torch.arange(count, device=weight.device)
+        wide[rows[:, None], columns[rows // (count // groups)] % wide.shape[1]] = weight
+        weight = wide
     return weight
 
 

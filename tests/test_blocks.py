@@ -23,6 +23,7 @@ REASONS = {
     "wide": "a grouped layer has no wide form",
     "taps": "a kernel of several taps is no faster for being wide",
     "channels": "more channels to average",
+    "permutation": "a permutation of channels stays: no layer before it or after it can take it",
     "product": "a product of two computed tensors is not linear",
 }
 OPERATIONS = ("conv", "bn", "add", "cat", "pool", "linear")
@@ -123,10 +124,10 @@ EXPECTED = {
     "flattened_k5_bias": ("3 0 0 0 0 0", "cost border"),
     "depthwise_separable_conv": ("2 0 0 0 0 0", "cost"),
     "depthwise_separable_conv_relu": ("2 0 0 0 0 0", ""),
-    "shuffle_unit": ("3 0 1 0 0 0", "cost sources"),
-    "shuffle_unit_wide": ("3 0 1 0 0 0", "cost sources"),
+    "shuffle_unit": ("3 0 1 0 0 0", "cost sources permutation"),
+    "shuffle_unit_wide": ("3 0 1 0 0 0", "cost sources permutation"),
     "shuffle_dense_after": ("2 0 0 0 0 0", ""),
-    "shuffle_grouped_after": ("2 0 0 0 0 0", ""),
+    "shuffle_grouped_after": ("2 0 0 0 0 0", "permutation"),
     "dilated": ("1 0 0 0 0 0", ""),
     "dilated_k5_stride2": ("1 0 0 0 0 0", ""),
     "parallel_dilated": ("2 0 1 0 0 0", "cost"),

@@ -261,7 +261,7 @@ FORWARDS: dict[Forward, int] = {
     a_weight_it_computes_and_writes: 0,
     pieces: 1,
     splits: 1,
-    slices: 2,
+    slices: 1,
     selections: 1,
     arithmetic: 1,
     rounds: 1,
