@@ -49,7 +49,8 @@ def _propagate(
     modules: Mapping[str, nn.Module],
     shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
-    facts = {n: Fact(0, 0) if is_number(n) else known(n) for n in graph.nodes}
+    numbers = dict[Node, bool]()
+    facts = {n: Fact(0, 0) if is_number(n, numbers) else known(n) for n in graph.nodes}
     for node, shape in shapes.items():
         if node in facts:  # some may be gone from the graph since their shapes were noted
             facts[node] = of_shape(tuple(shape))

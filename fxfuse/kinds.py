@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,10 +32,42 @@ _ARITHMETIC |= {getattr(operator, n) for n in "iadd isub imul itruediv".split()}
 _KEEPS_INT = {getattr(operator, n) for n in "add sub mul floordiv mod neg".split()} | {builtins.max, builtins.min}
 
 
-def is_number(node: Any) -> bool:
-    """Whether a node gives a Python number or tuple, so that `+=` makes a new one and writes nothing."""
+def is_number(node: Any, known: dict[Node, bool] | None = None) -> bool:
+    """Whether a node gives a Python number or tuple, so that `+=` makes a new one and writes nothing.
+
+    `known` keeps the answers for nodes of one graph.
+    """
     if not isinstance(node, Node):
         return isinstance(node, (int, float, str, slice, tuple, list))
+    return _settled(node, {} if known is None else known, _numbers_in, all)
+
+
+def is_tensor(node: Node, root: nn.Module) -> bool:
+    """Whether a node certainly gives one tensor."""
+    return _settled(node, {}, lambda n: _tensors_in(n, root), any)
+
+
+def _settled(
+    node: Node,
+    known: dict[Node, bool],
+    read: Callable[[Node], bool | list[Node]],
+    whole: Callable[[Iterable[bool]], bool],
+) -> bool:
+    """What `read` says of a node, or `whole` of the nodes it names instead; a chain of them may be long."""
+    todo = [node]
+    while todo:
+        parts = known[todo[-1]] if todo[-1] in known else read(todo[-1])
+        if isinstance(parts, list):
+            if missing := [p for p in parts if p not in known]:
+                todo += missing
+                continue
+            parts = whole(known[p] for p in parts)
+        known[todo.pop()] = parts
+    return known[node]
+
+
+def _numbers_in(node: Node) -> bool | list[Node]:
+    """Whether a node gives a number, or the nodes that decide it: it does if all of them do."""
     name = plain(node.target)
     if node.op == "call_method":
         return name in _ASKS_SIZE | _SPLITS
@@ -48,13 +80,15 @@ def is_number(node: Any) -> bool:
     if node.target is operator.getitem:
         source = node.args[0]
         pieces = isinstance(source, Node) and plain(source.target) in _SPLITS
-        return is_number(source) and not pieces
-    module = getattr(node.target, "__module__", "")
-    return module in ("_operator", "math", "builtins") and all(is_number(a) for a in node.args)
+        return [source] if isinstance(source, Node) and not pieces else not pieces and is_number(source)
+    if getattr(node.target, "__module__", "") not in ("_operator", "math", "builtins"):
+        return False
+    fixed = all(is_number(a) for a in node.args if not isinstance(a, Node))
+    return [a for a in node.args if isinstance(a, Node)] if fixed else False
 
 
-def is_tensor(node: Node, root: nn.Module) -> bool:
-    """Whether a node certainly gives one tensor."""
+def _tensors_in(node: Node, root: nn.Module) -> bool | list[Node]:
+    """Whether a node certainly gives one tensor, or the nodes that decide it: it does if any of them does."""
     if node.op == "get_attr":
         return True
     if node.op == "call_module":
@@ -66,7 +100,7 @@ def is_tensor(node: Node, root: nn.Module) -> bool:
             return not getattr(module, "return_indices", False)
         return place in _TENSOR_MODULES
     if node.target in _ARITHMETIC:
-        return any(is_tensor(n, root) for n in node.all_input_nodes)
+        return node.all_input_nodes
     name = plain(node.target)
     return node.op in ("call_function", "call_method") and name in _TENSOR_NAMES
 

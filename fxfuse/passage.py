@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch.fx import Node
@@ -106,7 +107,7 @@ class _Joins:
         affine, found = self.affine[join], list[_End]()
         if affine.kind == "concat" and spatial not in (None, affine.spatial):
             return []
-        widths = [self.width(node) for node, _ in affine.inputs]
+        widths = [self.widths.get(node) for node, _ in affine.inputs]
         if affine.kind == "sum" and len(set(widths)) > 1:
             return []  # one that broadcasts
         for (node, _), width in zip(affine.inputs, widths, strict=True):
@@ -118,18 +119,21 @@ class _Joins:
             start, shift = (start + width, shift) if affine.kind == "concat" else (start, False)
         return found if len({e.node for e in found}) == len(found) else []
 
-    def width(self, node: Node) -> int | None:
+    @cached_property
+    def widths(self) -> dict[Node, int | None]:
         """Channels of what comes from layers: of one, of all that are summed, of those side by side together."""
-        step = self.affine.get(node)
-        if step is None or (step.kind == "unary" and step.op.weighted):
-            return None if step is None else step.op.out_channels
-        if step.kind == "unary":
-            return self.width(step.inputs[0][0]) if step.op.kind in ("scale", "identity") else None
-        widths = [self.width(source) for source, _ in step.inputs]
-        if step.kind == "concat":
-            return None if None in widths else sum(w for w in widths if w is not None)
-        known = set(widths) - {None}
-        return known.pop() if len(known) == 1 else None
+        found = dict[Node, int | None]()
+        for node, step in self.affine.items():  # in execution order
+            parts = [found.get(source) for source, _ in step.inputs]
+            known = [w for w in parts if w is not None]
+            if step.kind == "unary":
+                passing = parts[0] if step.op.kind in ("scale", "identity") else None
+                found[node] = step.op.out_channels if step.op.weighted else passing
+            elif step.kind == "concat":
+                found[node] = sum(known) if len(known) == len(parts) else None
+            else:
+                found[node] = known[0] if len(set(known)) == 1 else None
+        return found
 
 
 def find_divisions(affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> dict[Node, Division]:

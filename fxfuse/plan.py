@@ -34,7 +34,8 @@ from .view import View
 
 UNREACHED: Price = (10**9, Fraction(0), 0)
 STRANDED: Price = (10**6, Fraction(0), 0)  # a moved factor that no layer takes: its node stands elsewhere
-WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number
+WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number,
+STEPS = 2 * WINDOW  # and all steps, each of which is an operator inside the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ class Planner:
                     break
                 part_op = options[j].op
                 weighted += isinstance(part_op, Operator) and part_op.weighted
-                if weighted > WINDOW:
+                if weighted > WINDOW or j - i >= STEPS:
                     op = Refusal("the chain is too long to be tried as one operator")
                     break
                 fused = self._fusable(op, chain.parts[i : j + 1], areas[j + 1])

@@ -101,8 +101,11 @@ class FuseAttribute(Attribute, FuseProxy):
 
 def _writing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def write(self: FuseProxy, other: Any) -> Any:
-        plain = function if not is_number(self.node) else getattr(operator, name, None) or getattr(operator, name + "_")
-        return self.tracer.create_proxy("call_function", plain, (self, other), {})
+        numbers = self.tracer.numbers if isinstance(self.tracer, FuseTracer) else {}
+        if is_number(self.node, numbers):
+            plain = getattr(operator, name, None) or getattr(operator, name + "_")
+            return self.tracer.create_proxy("call_function", plain, (self, other), {})
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return write
 
@@ -148,11 +151,13 @@ class FuseTracer(DictTracer):
         self.proxy_buffer_attributes = proxy_buffers
         self.fix_defaults = fix_defaults
         self.whole: dict[str, Exception] = {}
+        self.numbers: dict[Node, bool] = {}  # which nodes give one, as far as that was asked
         self._parameter_proxies: dict[str, Proxy] = {}
         self._modes = _modes()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         self._modes = _modes()
+        self.numbers = {}
         if isinstance(root, nn.Module):
             _refuse_catching(type(root).forward)
         with extremes_recorded():

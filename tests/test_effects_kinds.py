@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -180,3 +182,35 @@ def test_layers_of_every_name() -> None:
         model.heads["class"].weight.mul_(2)
         model.heads["None"].weight.mul_(2)
     assert relative_error(fxfuse.refresh(fused, model)(examples), model(examples)) < 1e-12
+
+
+LONG: dict[str, Any] = {
+    "x * k": lambda x, k: x * k,
+    "x + x": lambda x, k: (x + x) / 2,
+    "x += k": operator.iadd,
+    "k.size(0) + x.size(0)": lambda x, k: x * ((x.size(0) + k.size(0)) // (x.size(0) + k.size(0))),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_chain_longer_than_the_stack(name: str) -> None:
+    """Every question about a value is answered from those before it, however many there are."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.k = nn.Parameter(torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            for _ in range(sys.getrecursionlimit() // 2):
+                x = LONG[name](x, self.k)
+            return x if isinstance(x, Tensor) else self.conv(x)
+
+    model = Chain().double().eval()
+    with torch.no_grad():
+        model.conv.weight.round_()
+        model.conv.bias.round_()
+    fused, x = fxfuse.optimize(model), torch.arange(30.0).double().reshape(1, 3, 5, 2)
+    assert torch.equal(fused(x), model(x))
