@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from .call import Call
 from .fact import Fact
+from .kinds import settled
 from .names import is_aten, plain
 from .picks import pick
 from .shaping import elementwise, ints_of, pooled
@@ -88,8 +89,9 @@ class Dims:
         self.shapes: dict[Node, Shape] = {}
         self.values: dict[Node, Any] = {}
         self.names: dict[Any, str] = {}  # short names of long products, and of quotients by (size, divisor)
+        asking = dict[Node, bool]()
         for node in graph.nodes:
-            if asks(node):
+            if asks(node, asking):
                 self._ask(node)
                 continue
             call = shapings.get(node) or calls.get(node)
@@ -301,8 +303,12 @@ def _index(dim: Any, rank: int) -> int | None:
     return dim % rank if isinstance(dim, int) and -rank <= dim < rank else None
 
 
-def asks(node: Node) -> bool:
-    """Whether a node asks for a shape, or computes with one."""
+def asks(node: Node, known: dict[Node, bool] | None = None) -> bool:
+    """Whether a node asks for a shape, or computes with one; `known` keeps the answers for one graph."""
+    return settled(node, {} if known is None else known, _asks, any)
+
+
+def _asks(node: Node) -> bool | list[Node]:
     if node.op == "call_method":
         return node.target == "size"
     if is_aten(node):
@@ -311,6 +317,5 @@ def asks(node: Node) -> bool:
         return False
     if node.target is getattr:
         return node.args[1] == "shape"
-    if node.target not in (operator.getitem, operator.mul, operator.floordiv, operator.add):
-        return False
-    return any(isinstance(a, Node) and asks(a) for a in node.args)
+    computes = node.target in (operator.getitem, operator.mul, operator.floordiv, operator.add)
+    return [a for a in node.args if isinstance(a, Node)] if computes else False

@@ -39,21 +39,24 @@ def is_number(node: Any, known: dict[Node, bool] | None = None) -> bool:
     """
     if not isinstance(node, Node):
         return isinstance(node, (int, float, str, slice, tuple, list))
-    return _settled(node, {} if known is None else known, _numbers_in, all)
+    return settled(node, {} if known is None else known, _numbers_in, all)
 
 
 def is_tensor(node: Node, root: nn.Module) -> bool:
     """Whether a node certainly gives one tensor."""
-    return _settled(node, {}, lambda n: _tensors_in(n, root), any)
+    return settled(node, {}, lambda n: _tensors_in(n, root), any)
 
 
-def _settled(
+def settled(
     node: Node,
     known: dict[Node, bool],
     read: Callable[[Node], bool | list[Node]],
     whole: Callable[[Iterable[bool]], bool],
 ) -> bool:
-    """What `read` says of a node, or `whole` of the nodes it names instead; a chain of them may be long."""
+    """What `read` says of a node, or `whole` of the nodes it names instead; a chain of them may be long.
+
+    `known` keeps the answers for nodes of one graph.
+    """
     todo = [node]
     while todo:
         parts = known[todo[-1]] if todo[-1] in known else read(todo[-1])

@@ -186,7 +186,8 @@ def test_layers_of_every_name() -> None:
 
 LONG: dict[str, Any] = {
     "x * k": lambda x, k: x * k,
-    "x + x": lambda x, k: (x + x) / 2,
+    "x + x": lambda x, k: x + x,
+    "x + x.relu()": lambda x, k: x + x.relu() - x,
     "x += k": operator.iadd,
     "k.size(0) + x.size(0)": lambda x, k: x * ((x.size(0) + k.size(0)) // (x.size(0) + k.size(0))),
 }
