@@ -54,13 +54,15 @@ def partition(count: int, price: Callable[[Group], Price | None]) -> list[Group]
 
 def _greedy(groups: list[Group], price: Callable[[Group], Price | None]) -> list[Group]:
     """Merge the first two groups that get cheaper by it, until no two do."""
-    for a, b in combinations(groups, 2):
-        together, one, two = price(a + b), price(a), price(b)
-        if together is None or one is None or two is None:
-            continue
-        if together < plus(one, two, NODE):
-            return _greedy([a + b if g == a else g for g in groups if g != b], price)
+    while (pair := next((p for p in combinations(groups, 2) if _gains(*p, price)), None)) is not None:
+        a, b = pair
+        groups = [a + b if g == a else g for g in groups if g != b]
     return groups
+
+
+def _gains(a: Group, b: Group, price: Callable[[Group], Price | None]) -> bool:
+    together, one, two = price(a + b), price(a), price(b)
+    return together is not None and one is not None and two is not None and together < plus(one, two, NODE)
 
 
 def cut(count: int, price: Callable[[int, int], Price | None]) -> list[Group]:

@@ -264,6 +264,8 @@ class Planner:
         return self._price(op, area, executed, exit_of(parts)), Fuse(op, tuple(parts))
 
     def _merge(self, kind: str, ops: Sequence[Operator | Refusal]) -> Operator | Refusal:
+        if len(ops) > STEPS:
+            return Refusal("the branches are too many to be tried as one operator")
         ranked = sorted(ops, key=_rank) if kind == "sum" else ops
         return reduce(lambda f, g: self._combine(kind, f, g), ranked)
 
@@ -299,8 +301,8 @@ class Planner:
             return branches[i].op if i == j else self._combine("concat", merged(i, j - 1), branches[j].op)
 
         def price(i: int, j: int) -> Price | None:
-            if i == j:
-                return branches[i].price
+            if i == j or j - i >= STEPS:
+                return branches[i].price if i == j else None
             part = replace(join, branches=join.branches[i : j + 1])
             fused = self._fusable(_on_axis(join, merged(i, j)), [part], after)
             return None if fused is None else fused[0]

@@ -16,6 +16,7 @@ from safety import agrees, model_of, normal, pickled, usual
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.plan import STEPS
 
 
 def complex_of(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -215,3 +216,21 @@ def test_a_chain_longer_than_the_stack(name: str) -> None:
         model.conv.bias.round_()
     fused, x = fxfuse.optimize(model), torch.arange(30.0).double().reshape(1, 3, 5, 2)
     assert torch.equal(fused(x), model(x))
+
+
+@pytest.mark.parametrize("join", ["sum", "cat"])
+def test_more_branches_than_one_operator_takes(join: str) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(2, 2, 1 + i % 2 * 2, padding=i % 2) for i in range(STEPS + 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = [conv(x) for conv in self.convs]
+            return torch.cat(outputs, 1) if join == "cat" else sum(outputs[1:], outputs[0])
+
+    model = randomize(Wide().double(), integer=True)
+    fused = fxfuse.optimize(model, patterns=["parallel_conv", "concat!"])
+    for x in (torch.arange(70.0).double().reshape(1, 2, 5, 7), torch.ones(2, 2, 4, 3).double()):
+        assert torch.equal(fused(x), model(x))
+    assert 2 <= fxfuse.report(fused).after.ops["conv"] <= 4
