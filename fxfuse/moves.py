@@ -59,7 +59,7 @@ def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> bool:
         last, done = shuffle.nodes[-1], True
         with graph.inserting_before(last):
             new = graph.call_function(torch.channel_shuffle, (shuffle.source, shuffle.groups))
-        _note(view, last, new, last)
+        note(view, last, new, last)
         last.replace_all_uses_with(new)
         for node in reversed(shuffle.nodes):
             graph.erase_node(node)
@@ -92,7 +92,7 @@ def _move(view: View, permutation: Permutation, route: Route) -> None:
             new = graph.node_copy(old, lambda n: value if n is source else n)
         else:
             new = graph.call_function(operator.getitem, (value, index_of(-permutation.spatial - 1, last.reads)))
-    _note(view, old, new, value)
+    note(view, old, new, value)
     ranks = [a.assumes for n in (old, *(s.node for s in route.steps)) if (a := view.affine.get(n)) is not None]
     RankChecks(graph, view, lambda n: n).check(source, next((r for r in ranks if r is not None), None))
     reader.replace_input_with(value, new)
@@ -142,7 +142,7 @@ def _function(view: View, node: Node, rows: Ints) -> Node:
     else:
         state = [row(n) for n in ("running_mean", "running_var", "weight", "bias")]
         new = graph.call_function(F.batch_norm, (source, *state, False, 0.0, args["eps"]))
-    _note(view, node, new, node)
+    note(view, node, new, node)
     fact = view.facts[node].sure or view.facts[node]
     if (
         KNOWN not in new.meta and fact.rank is not None
@@ -153,7 +153,7 @@ def _function(view: View, node: Node, rows: Ints) -> Node:
     return new
 
 
-def _note(view: View, old: Node, new: Node, like: Node) -> None:
+def note(view: View, old: Node, new: Node, like: Node) -> None:
     """Note on a node that stands for another one where that came from, and the shape, which is that of a third."""
     new.meta = {k: old.meta[k] for k in _KEPT if k in old.meta}
     if KNOWN in like.meta:

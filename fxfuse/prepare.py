@@ -8,6 +8,7 @@ from .cost import CostFunction
 from .indices import write_indices
 from .moves import move_permutations, use_shuffles
 from .pattern import Selection
+from .regroup import regroup
 from .report import Fired
 from .runtime_weight import give_bias
 from .swap import swap
@@ -23,6 +24,8 @@ def prepare(
         fired += found
         view = again()
     if give_bias(view, patterns):
+        view = again()
+    if regroup(view, patterns, price):
         view = again()
     steps = (use_shuffles, write_indices, move_permutations)
     while any(step(view, patterns, price) for step in steps):

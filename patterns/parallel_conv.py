@@ -29,7 +29,7 @@ class _Sum(nn.Module):
 @register
 class ParallelConv(Pattern):
     name = "parallel_conv"
-    law = "conv1(x) + conv2(x) => conv"
+    law = "conv1(x) + conv2(x) => conv; conv1(x) + y + conv2(x) => conv + y"
     relations = ("sum",)
     refused_when = (
         "strides, output sizes or padding values differ, or the common kernel costs more (a depthwise beside a "

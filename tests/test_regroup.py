@@ -1,0 +1,118 @@
+"""Sums of several tensors: branches of one of them merge wherever they stand in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from affine_trees import CONVS, NORMS
+from helpers import assert_untouched, count, fingerprint, randomize
+from safety import model_of
+from test_laws import inputs
+from torch import Tensor
+
+import fxfuse
+
+Forward = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def parts(rank: int) -> dict[str, Any]:
+    conv, norm = CONVS[rank], NORMS[rank]
+    layers = {n: conv(4, 4, 3, padding=1) for n in "ad"} | {n: conv(4, 4, 1) for n in "bc"}
+    return {**layers, "n": norm(4), "g": conv(4, 4, 3, padding=1, groups=4), "p": conv(4, 4, 3, padding=1)}
+
+
+def model(forward: Forward, rank: int = 2) -> Any:
+    return randomize(model_of(lambda s, x: forward(s, x, x.relu()), **parts(rank)).double(), integer=True)
+
+
+def in_place(s: Any, x: Tensor, y: Tensor) -> Tensor:
+    out: Tensor = s.c(x)
+    out += s.a(y)
+    out += s.n(s.b(y))
+    return out
+
+
+def written(s: Any, x: Tensor, y: Tensor) -> Tensor:
+    first = s.c(x).relu()
+    out: Tensor = first + s.a(y)
+    first.add_(1)
+    return out + s.b(y) + first
+
+
+def between(s: Any, x: Tensor, y: Tensor) -> Tensor:
+    one = s.a(y)
+    out: Tensor = s.c(x) + one
+    one.mul_(2)
+    return out + s.b(y)
+
+
+def kept(s: Any, x: Tensor, y: Tensor) -> Tensor:
+    inner = s.c(x).relu() + s.a(y)
+    out: Tensor = inner + s.b(y)
+    return out * inner.sigmoid().round()
+
+
+def measured(s: Any, x: Tensor, y: Tensor) -> Tensor:
+    inner = s.c(x).relu() + s.a(y)
+    return (inner + s.b(y)) * inner.size(0)
+
+
+MERGED: dict[str, tuple[Forward, str]] = {
+    "a shortcut first": (lambda s, x, y: s.c(x).relu() + s.a(y) + s.n(s.b(y)), "conv 2 add 1"),
+    "a shortcut between": (lambda s, x, y: s.a(y) + s.c(x).relu() + s.b(y), "conv 2 add 1"),
+    "two tensors in turn": (lambda s, x, y: s.c(x) + s.a(y) + s.d(x) + s.b(y), "conv 2 add 1"),
+    "the tensor itself": (lambda s, x, y: y + x.sign() + s.a(y), "conv 1 add 1"),
+    "its batch norm": (lambda s, x, y: s.a(y) + x.sign() + s.n(y), "conv 1 add 1"),
+    "in place": (in_place, "conv 2 add 1"),
+    "a list": (lambda s, x, y: sum([s.a(y), x.sign(), s.b(y), s.n(y)]), "conv 1 add 1"),
+    "two trees": (lambda s, x, y: s.a(y) + (x.sign() + (s.b(y) + (x.abs() + s.n(y)))), "conv 1 add 2"),
+    "a row beside them": (lambda s, x, y: s.a(y) + x.sign().mean(-1, keepdim=True).round() + s.b(y), "conv 1 add 1"),
+    "a batch of sums": (lambda s, x, y: s.a(y) + torch.stack([x, x]).sign() + s.b(y), "conv 1 add 1"),
+    "what is written later": (written, "conv 3 add 4"),
+    "what is written between": (between, "conv 3 add 2"),
+    "a sum that is read elsewhere": (kept, "conv 3 add 2"),
+    "what would cost more": (lambda s, x, y: s.g(y) + x.sign() + s.b(y), "conv 2 add 2"),
+    "differences": (lambda s, x, y: s.a(y) - x.sign() - s.b(y), "conv 2"),
+}
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "export"])
+@pytest.mark.parametrize("name", MERGED)
+def test_sums_of_several_tensors(name: str, capture: str) -> None:
+    forward, executed = MERGED[name]
+    net, tensors = model(forward), inputs(4, 2)
+    before = fingerprint(net)
+    fused = fxfuse.optimize(net, tensors[0], capture=capture)
+    assert all(torch.equal(fused(x), net(x)) for x in tensors)
+    assert_untouched(net, before)
+    counts = count(fused, tensors[0])
+    assert " ".join(f"{n} {counts[n]}" for n in ("conv", "add") if counts[n]) == executed
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_other_ranks(rank: int) -> None:
+    net, tensors = model(MERGED["two tensors in turn"][0], rank), inputs(4, rank)
+    for examples in (None, tensors[0]):
+        fused = fxfuse.optimize(net, examples)
+        assert all(torch.equal(fused(x), net(x)) for x in tensors)
+        assert count(fused, tensors[0])["conv"] == 2
+
+
+def test_a_sum_whose_size_is_asked_stays() -> None:
+    net, tensors = model(measured), inputs(4, 2)
+    fused = fxfuse.optimize(net)
+    assert all(torch.equal(fused(x), net(x)) for x in tensors)
+    assert count(fused, tensors[0])["conv"] == 3
+
+
+def test_it_is_done_once_and_new_weights_are_followed() -> None:
+    net, tensors = model(MERGED["a list"][0]), inputs(4, 2)
+    fused = fxfuse.optimize(net)
+    assert not fxfuse.report(fxfuse.optimize(fused)).fired
+    with torch.no_grad():
+        net.a.weight.mul_(-3)
+    fxfuse.refresh(fused, net)
+    assert all(torch.equal(fused(x), net(x)) for x in tensors)
