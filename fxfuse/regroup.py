@@ -25,6 +25,8 @@ from .record import IDENTITY, Operator
 from .refusal import Refusal
 from .view import View
 
+LARGEST = 128  # summands of a group: each is an operator inside the next one
+
 
 @dataclass(frozen=True)
 class _Tree:
@@ -91,7 +93,8 @@ def _groups(view: View, tree: _Tree, patterns: Selection, price: CostFunction) -
     for number, leaf in enumerate(tree.leaves):
         source, op = _branch(view, leaf, patterns)
         for group, (other, whole) in zip(groups, merged, strict=True):
-            both = _one(patterns, price, whole, op) if other is source else None
+            fits = other is source and len(group) < LARGEST
+            both = _one(patterns, price, whole, op) if fits else None
             if both is not None:
                 group.append(number)
                 merged[groups.index(group)] = (source, both)
