@@ -84,7 +84,8 @@ def _plain(view: View, node: Node) -> bool:
     affine = view.affine.get(node)
     if affine is None or affine.kind != "sum" or affine.assumes is not None or affine.width is not None:
         return False
-    return not affine.extra and all(coefficient == 1 for _, coefficient in affine.inputs)
+    once = len({source for source, _ in affine.inputs}) == len(affine.inputs)  # not a tensor and itself
+    return once and not affine.extra and all(coefficient == 1 for _, coefficient in affine.inputs)
 
 
 def _groups(view: View, tree: _Tree, patterns: Selection, price: CostFunction) -> list[list[int]]:

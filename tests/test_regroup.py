@@ -75,6 +75,8 @@ MERGED: dict[str, tuple[Forward, str]] = {
     "what is written between": (between, "conv 3 add 2"),
     "a sum that is read elsewhere": (kept, "conv 3 add 2"),
     "what would cost more": (lambda s, x, y: s.g(y) + x.sign() + s.b(y), "conv 2 add 2"),
+    "twice the sum": (lambda s, x, y: (lambda z: z + z)(x.sign() + s.a(y) + s.b(y)), "conv 1 add 2"),
+    "twice a part": (lambda s, x, y: (lambda z: z + (z + s.b(y)))(x.sign() + s.a(y)), "conv 2 add 3"),
     "differences": (lambda s, x, y: s.a(y) - x.sign() - s.b(y), "conv 2"),
 }
 
