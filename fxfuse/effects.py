@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from . import schema
 from .call import Call
 from .deformable import is_deformable
+from .dims import asks
 from .guards import storage
 from .layers import layer_type
 from .names import is_aten, plain
@@ -30,6 +31,7 @@ _INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswit
 _INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
 _INPLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
 
+_BY_STRIDES = ("flatten", "reshape", "reshape_as", "contiguous")  # a view or a copy, as the strides allow
 _OVERLAPPING = ("unfold", "as_strided")  # views that hold one number at several places
 _FRESH_CALLS = {"conv", "conv_transpose", "linear", "batch_norm", "avg_pool", "add", "sub", "mul", "div", "neg"}
 _FRESH_CALLS |= {"cat", "pad", "flip", "index_select", "mm", "deform"}
@@ -109,6 +111,26 @@ class Effects:
         if any(plain(m.target) in _OVERLAPPING or m.op in ("placeholder", "get_attr") for m in members):
             return False  # what is written to one place may be read at another
         return not any(self.position[m] < at and self.last_use[m] > at for m in members)
+
+    def by_strides(self) -> Node | None:
+        """A writer of which it depends on the strides of a computed tensor whether that is written too, and is read."""
+        for writer, targets in self.writes.items():
+            at = self.position[writer]
+            for member in (m for t in targets for m in self._members[self.classes[t]] if self.position[m] < at):
+                source = member.all_input_nodes[0] if self._by_strides(member) else None
+                if source is not None and source.op != "placeholder" and self._data_read(source, member, at):
+                    return writer
+        return None
+
+    def _by_strides(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self._modules[str(node.target)], (nn.Flatten, nn.Unflatten))
+        return plain(node.target) in _BY_STRIDES
+
+    def _data_read(self, value: Node, copy: Node, after: int) -> bool:
+        """Whether a value, or what shares its memory beside a possible `copy`, is read behind a position."""
+        others = (m for m in self._members[self.classes[value]] if self.position[m] < self.position[copy])
+        return any(self.position[u] > after and not asks(u) for m in others for u in m.users)
 
     def writers(self, value: Node) -> list[Node]:
         """The nodes that may write `value` or something that shares its memory: all are in its class."""

@@ -113,6 +113,10 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
             refused[node] = result.at(call.path or node.name)
         elif result is not None:
             affine[node] = result
+    if affine and (writer := effects.by_strides()) is not None:
+        reason = "whether it writes a tensor that is read again depends on strides, which a fusion may change"
+        remedy = "use the out-of-place form, or view instead of flatten and reshape"
+        affine, refused = {}, {**refused, writer: Refusal(reason, writer.name, remedy)}
     for node in graph.nodes:
         if node.op == "call_module" and node.target in captured.whole:
             refused[node] = stays(str(node.target), captured.whole[node.target])

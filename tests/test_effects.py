@@ -260,3 +260,37 @@ def test_a_slice_written_with_a_view_of_itself_keeps_its_strides() -> None:
             x = torch.randn(batch, 4).double()
             torch.testing.assert_close(fused(x), model(x))
     assert any("reads the same memory by another name" in r.reason for r in fxfuse.report(fused).refused)
+
+
+BY_STRIDES: dict[str, tuple[Any, bool]] = {
+    "flattened": (lambda y: y.flatten(), True),
+    "reshaped": (lambda y: y.reshape(y.shape[0], -1), True),
+    "a module": (nn.Flatten(), True),
+    "a view of it": (lambda y: y.reshape(y.shape[0], -1)[:, 1:], True),
+    "read before alone": (lambda y: y.flatten(), False),
+}
+
+
+@pytest.mark.parametrize("name", BY_STRIDES)
+def test_a_write_to_what_may_be_a_view_or_a_copy(name: str) -> None:
+    """A channels-last tensor of one sample whose batch stride is odd: added to itself, it has usual strides again."""
+    shape, again = BY_STRIDES[name]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.p(self.b(x + x))
+        z = y.sigmoid() if not again else None
+        w = self.shape(y) if isinstance(shape, nn.Module) else shape(y)
+        w.mul_(2)
+        return y if z is None else z.flatten() + w.flatten()
+
+    extra = {"shape": shape} if isinstance(shape, nn.Module) else {}
+    model = usual(forward, **extra)
+    tensors = [torch.randn(1, 8, 3, 5)[:, :4], torch.randn(2, 4, 3, 5)]
+    tensors.append(torch.randn(1, 3, 5, 4).permute(0, 3, 1, 2).as_strided((1, 4, 3, 5), (2, 1, 20, 4)))
+    with torch.no_grad():
+        fused = fxfuse.optimize(model)
+        for x in (t.double() if t.is_contiguous() else t.to(torch.float64) for t in tensors):
+            torch.testing.assert_close(fused(x.clone()), model(x.clone()))
+            torch.testing.assert_close(fused(x), model(x))
+    report = fxfuse.report(fused)
+    assert any("depends on strides" in r.reason for r in report.refused) == again and bool(report.fired) != again
