@@ -113,24 +113,28 @@ class Effects:
         return not any(self.position[m] < at and self.last_use[m] > at for m in members)
 
     def by_strides(self) -> Node | None:
-        """A writer of which it depends on the strides of a computed tensor whether that is written too, and is read."""
+        """An operator that writes, of which it depends on the strides of a computed tensor what is read after it."""
         for writer, targets in self.writes.items():
+            if writer.op == "call_module" and not getattr(self._modules[str(writer.target)], "inplace", False):
+                continue  # it may write, for all that is known
             at = self.position[writer]
-            for member in (m for t in targets for m in self._members[self.classes[t]] if self.position[m] < at):
-                source = member.all_input_nodes[0] if self._by_strides(member) else None
-                if source is not None and source.op != "placeholder" and self._data_read(source, member, at):
-                    return writer
+            for target in targets:
+                members = self._members[self.classes[target]]
+                for member in (m for m in members if self.position[m] < at and self._by_strides(m)):
+                    behind = {member}  # what may lie in a memory of its own
+                    for other in members:
+                        behind |= {other} if not behind.isdisjoint(other.all_input_nodes) else set()
+                    apart = [m for m in members if (m in behind) != (target in behind) and m is not writer]
+                    if any(self.position[u] > at and not asks(u) for m in apart for u in m.users):
+                        return writer
         return None
 
     def _by_strides(self, node: Node) -> bool:
+        if node.all_input_nodes[:1] and node.all_input_nodes[0].op == "placeholder":
+            return False  # its strides are the caller's
         if node.op == "call_module":
             return isinstance(self._modules[str(node.target)], (nn.Flatten, nn.Unflatten))
         return plain(node.target) in _BY_STRIDES
-
-    def _data_read(self, value: Node, copy: Node, after: int) -> bool:
-        """Whether a value, or what shares its memory beside a possible `copy`, is read behind a position."""
-        others = (m for m in self._members[self.classes[value]] if self.position[m] < self.position[copy])
-        return any(self.position[u] > after and not asks(u) for m in others for u in m.users)
 
     def writers(self, value: Node) -> list[Node]:
         """The nodes that may write `value` or something that shares its memory: all are in its class."""
