@@ -55,14 +55,13 @@ def regroup(view: View, patterns: Selection, price: CostFunction) -> bool:
 
 def _tree(view: View, root: Node) -> _Tree | None:
     """The sum that ends in a node; None if it is a part of another, or if somebody could see another order."""
-    readers = view.readers(root)
-    if not _plain(view, root) or (len(readers) == 1 and _plain(view, readers[0]) and root not in view.sized):
+    if not _plain(view, root) or (len(root.users) == 1 and _plain(view, next(iter(root.users)))):
         return None
     leaves, inner, todo = list[Node](), list[Node](), [root]
     spans = dict[Node, list[int]]()
     while todo:
         node = todo.pop()
-        if node is not root and (not _plain(view, node) or len(view.readers(node)) > 1 or node in view.sized):
+        if node is not root and (not _plain(view, node) or len(node.users) > 1):
             leaves.append(node)
             continue
         if node in spans:  # all of it has been seen
@@ -71,12 +70,8 @@ def _tree(view: View, root: Node) -> _Tree | None:
         spans[node] = [len(leaves)]
         inner.append(node)
         todo += [node, *(source for source, _ in reversed(view.affine[node].inputs))]
-    effects, at = view.effects, view.effects.position
-    written = (effects.written_between(leaf, at[leaf], at[root], inner) for leaf in leaves)
-    if len(set(leaves)) < max(3, len(leaves)) or any(w is not None for w in written):
-        return None
-    if not all(effects.private_write(n) for n in inner if n in effects.writes):
-        return None
+    if len(set(leaves)) < max(3, len(leaves)) or any(view.effects.writers(n) for n in (*leaves, *inner)):
+        return None  # what is written in place stays where it is
     return _Tree(root, tuple(inner[1:]), tuple(leaves), {frozenset(range(*span)) for span in spans.values()})
 
 

@@ -60,13 +60,20 @@ def measured(s: Any, x: Tensor, y: Tensor) -> Tensor:
     return (inner + s.b(y)) * inner.size(0)
 
 
+def written_twice(s: Any, x: Tensor, y: Tensor) -> Tensor:
+    out = x.sign() + s.a(y) + s.b(y)
+    out.add_(s.c(out))
+    out += s.p(out)
+    return out
+
+
 MERGED: dict[str, tuple[Forward, str]] = {
     "a shortcut first": (lambda s, x, y: s.c(x).relu() + s.a(y) + s.n(s.b(y)), "conv 2 add 1"),
     "a shortcut between": (lambda s, x, y: s.a(y) + s.c(x).relu() + s.b(y), "conv 2 add 1"),
     "two tensors in turn": (lambda s, x, y: s.c(x) + s.a(y) + s.d(x) + s.b(y), "conv 2 add 1"),
     "the tensor itself": (lambda s, x, y: y + x.sign() + s.a(y), "conv 1 add 1"),
     "its batch norm": (lambda s, x, y: s.a(y) + x.sign() + s.n(y), "conv 1 add 1"),
-    "in place": (in_place, "conv 2 add 1"),
+    "in place": (in_place, "conv 3 add 2"),
     "a list": (lambda s, x, y: sum([s.a(y), x.sign(), s.b(y), s.n(y)]), "conv 1 add 1"),
     "two trees": (lambda s, x, y: s.a(y) + (x.sign() + (s.b(y) + (x.abs() + s.n(y)))), "conv 1 add 2"),
     "a row beside them": (lambda s, x, y: s.a(y) + x.sign().mean(-1, keepdim=True).round() + s.b(y), "conv 1 add 1"),
@@ -101,6 +108,14 @@ def test_other_ranks(rank: int) -> None:
         fused = fxfuse.optimize(net, examples)
         assert all(torch.equal(fused(x), net(x)) for x in tensors)
         assert count(fused, tensors[0])["conv"] == 2
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "export"])
+def test_a_sum_that_is_written_and_read_stays(capture: str) -> None:
+    net, tensors = model(written_twice), inputs(4, 2)
+    fused = fxfuse.optimize(net, tensors[0], capture=capture)
+    assert all(torch.equal(fused(x), net(x)) for x in tensors)
+    assert count(fused, tensors[0])["conv"] == 4
 
 
 def test_a_sum_whose_size_is_asked_stays() -> None:
