@@ -144,9 +144,8 @@ def _function(view: View, node: Node, rows: Ints) -> Node:
         new = graph.call_function(F.batch_norm, (source, *state, False, 0.0, args["eps"]))
     note(view, node, new, node)
     fact = view.facts[node].sure or view.facts[node]
-    if (
-        KNOWN not in new.meta and fact.rank is not None
-    ):  # which a batch norm of two dims settles, and a function does not
+    if KNOWN not in new.meta and fact.rank is not None:
+        # A batch norm module settles the rank of what it reads, the function does not.
         new.meta[KNOWN] = (tuple(fact.axes.get(a) for a in range(-fact.rank, 0)), None)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

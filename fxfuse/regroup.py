@@ -103,15 +103,14 @@ def _groups(view: View, tree: _Tree, patterns: Selection, price: CostFunction) -
 
 def _branch(view: View, leaf: Node, patterns: Selection) -> tuple[Node, Operator]:
     """The tensor that a summand is computed of by one operator, and that operator."""
-    op, node, reader = IDENTITY, leaf, view.readers(leaf)
-    while (step := view.affine.get(node)) is not None and step.kind == "unary" and len(reader) == 1:
+    op, node = IDENTITY, leaf
+    while (step := view.affine.get(node)) is not None and step.kind == "unary" and len(view.readers(node)) == 1:
         if node in view.sized or node in view.effects.writes:
             break
         both = step.op if op is IDENTITY else patterns.combine("chain", step.op, op)
         if isinstance(both, Refusal):
             break
         op, node = both, step.inputs[0][0]
-        reader = view.readers(node)
     return node, op
 
 
