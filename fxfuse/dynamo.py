@@ -21,6 +21,7 @@ from .dialect import read
 from .effects import Effects
 from .fact import KNOWN
 from .names import plain
+from .positional import by_position
 from .shapes import Shapes
 
 _INDEX = re.compile(r"\['?(.*?)'?\]|\.([A-Za-z_]\w*)")
@@ -76,6 +77,7 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
         elif node.op == "call_module":
             values[node].target = _put(root, str(node.target), gm.get_submodule(str(node.target)))
     captured = Captured(graph, root.eval(), how="dynamo")
+    by_position(graph, captured.modules)
     return Traced(captured, paths, _shapes(v for v in values.values() if isinstance(v, Node)))
 
 

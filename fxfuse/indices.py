@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.fx import Node
 from .arguments import Unknown, axis_layout
 from .constants import Apply, Attr, Values, evaluate, leaves, model_values
 from .cost import CostFunction
+from .graph_edits import Edit
 from .names import is_aten, plain
 from .pattern import Selection
 from .permutations import Permutation
@@ -36,23 +38,26 @@ class Indexed(NamedTuple):
     entries: Held
 
 
-def write_indices(view: View, patterns: Selection, price: CostFunction) -> bool:
-    """Write those tensors as lists that a layer takes; whether there were any. The captured graph is changed."""
-    graph, routes, done = view.captured.graph, Routes(view, patterns, price), False
-    for found in list(indexed(view)):
-        if not isinstance(routes.find(found.permutation), Route):
-            continue
-        old, done = found.permutation.last, True
-        with graph.inserting_before(old):
-            index = index_of(found.axis, found.entries)
-            new = graph.call_function(operator.getitem, (found.permutation.source, index))
-        new.meta = {k: v for k, v in old.meta.items() if k != "val"}
-        if isinstance(view.shapes, dict) and old in view.shapes:
-            view.shapes[new] = view.shapes[old]
-        old.replace_all_uses_with(new)
-        _erase(old, view)
-        view.captured.held[found.const] = found.entries
-    return done
+def write_indices(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Those tensors to be written as lists, which a layer takes."""
+    routes = Routes(view, patterns, price)
+    for found in indexed(view):
+        if isinstance(routes.find(found.permutation), Route):
+            old = found.permutation.last
+            yield Edit(frozenset((found.permutation.source, old, *old.users)), partial(_write, view, found))
+
+
+def _write(view: View, found: Indexed) -> None:
+    graph, old = view.captured.graph, found.permutation.last
+    with graph.inserting_before(old):
+        index = index_of(found.axis, found.entries)
+        new = graph.call_function(operator.getitem, (found.permutation.source, index))
+    new.meta = {k: v for k, v in old.meta.items() if k != "val"}
+    if isinstance(view.shapes, dict) and old in view.shapes:
+        view.shapes[new] = view.shapes[old]
+    old.replace_all_uses_with(new)
+    _erase(old, view)
+    view.captured.held[found.const] = found.entries
 
 
 def _erase(node: Node, view: View) -> None:

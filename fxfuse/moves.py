@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,55 +19,70 @@ from torch.fx import Node
 
 from .constants import Apply, Attr
 from .cost import CostFunction
-from .dims import asks
 from .fact import KNOWN
+from .graph_edits import Edit
+from .kinds import is_number
 from .pattern import Selection
 from .permutations import Passed, Permutation, permutation_of
 from .picks import index_of
 from .rank_checks import RankChecks
 from .record import Ints
 from .routes import Route, Routes
+from .shuffles import Shuffle
 from .view import View
 
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _KEPT = ("nn_module_stack", "stack_trace")  # of the metadata of a node, in one that stands for it
 
 
-def move_permutations(view: View, patterns: Selection, price: CostFunction) -> bool:
-    """Move every permutation that a layer further on takes; whether there were any."""
-    routes, done = Routes(view, patterns, price), set[Node]()
-    found = [(p, r) for p in permutations(view) if isinstance(r := routes.find(p), Route) and r.steps]
-    for permutation, route in found:
-        ends = (permutation.source, *view.readers(permutation.last), *view.readers(route.steps[-1].node))
-        nodes = {*permutation.nodes, *(s.node for s in route.steps), *ends}
-        if done.isdisjoint(nodes):  # or it is found anew when the graph is looked at again
-            done |= nodes
-            _move(view, permutation, route)
-    return bool(done)
+def move_permutations(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Permutations to be moved to a layer further on that takes them."""
+    routes = Routes(view, patterns, price)
+    for permutation in permutations(view):
+        route = routes.find(permutation)
+        if isinstance(route, Route) and route.steps:
+            ends = (permutation.source, *view.readers(permutation.last), *view.readers(route.steps[-1].node))
+            nodes = frozenset((*permutation.nodes, *(s.node for s in route.steps), *ends))
+            yield Edit(nodes, partial(_move, view, permutation, route))
 
 
-def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> bool:
-    """Write those shuffles as one operation that a layer before or after them can take; whether there were any.
-
-    The captured graph is changed, before the plan.
-    """
-    graph, routes, done = view.captured.graph, Routes(view, patterns, price), False
+def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Shuffles to be written as one operation, which a layer before or after them can take."""
+    routes = Routes(view, patterns, price)
     for shuffle in view.shuffles:
         at = [view.effects.position[n] for n in shuffle.nodes]
         written = view.effects.written_between(shuffle.source, at[0], at[-1], shuffle.nodes)
-        if written is not None or not isinstance(routes.find(shuffle.permutation), Route):
-            continue
-        last, done = shuffle.nodes[-1], True
-        with graph.inserting_before(last):
-            new = graph.call_function(torch.channel_shuffle, (shuffle.source, shuffle.groups))
-        note(view, last, new, last)
-        last.replace_all_uses_with(new)
-        for node in reversed(shuffle.nodes):
-            graph.erase_node(node)
-    for node in reversed(graph.nodes) if done else ():  # sizes that were asked for them alone
-        if not node.users and asks(node):
-            graph.erase_node(node)
-    return done
+        if written is None and isinstance(routes.find(shuffle.permutation), Route):
+            nodes = frozenset((shuffle.source, *shuffle.nodes, *shuffle.nodes[-1].users))
+            yield Edit(nodes, partial(_use, view, shuffle))
+
+
+def _use(view: View, shuffle: Shuffle) -> None:
+    graph, last = view.captured.graph, shuffle.nodes[-1]
+    with graph.inserting_before(last):
+        new = graph.call_function(torch.channel_shuffle, (shuffle.source, shuffle.groups))
+    note(view, last, new, last)
+    last.replace_all_uses_with(new)
+    asked = [n for node in shuffle.nodes for n in node.all_input_nodes if n not in shuffle.nodes]
+    for node in reversed(shuffle.nodes):
+        graph.erase_node(node)
+    _drop_unread(asked)
+
+
+def _drop_unread(sizes: list[Node]) -> None:
+    """Erase those of these sizes, and of all that is computed of or with them, that nobody reads any more.
+
+    `b, _, h, w = x.shape` takes out more than it reads. A size that is left would keep a value from fusing.
+    """
+    known, near, todo = dict[Node, bool](), set[Node](), sizes
+    while todo:
+        node = todo.pop()
+        if node not in near and is_number(node, known):
+            near.add(node)
+            todo += [*node.users, *node.all_input_nodes]
+    for node in sorted(near, reverse=True):
+        if not node.users:
+            node.graph.erase_node(node)
 
 
 def permutations(view: View) -> Iterator[Permutation]:

@@ -16,6 +16,7 @@ from .cost import CostFunction
 from .hierarchy import Part
 from .pattern import Selection
 from .planning import make_plan
+from .positional import by_position
 from .prepare import prepare
 from .refresh import Replay
 from .refusal import Refusal
@@ -43,6 +44,7 @@ class Pass:
         assert captured is not None
         params = _numbers(part.module)
         before = describe.totals(captured.graph, captured.modules, params, None)
+        by_position(captured.graph, captured.modules)
         drop_identities(captured)
         view = look(captured, propagate(captured, inputs))
         before = Totals(before.nodes, before.params, describe.macs(view), before.ops)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .cost import CostFunction
+from .graph_edits import make_disjoint
 from .indices import write_indices
 from .moves import move_permutations, use_shuffles
 from .pattern import Selection
 from .regroup import regroup
 from .report import Fired
-from .runtime_weight import give_bias
+from .runtime_weight import give_biases
 from .swap import swap
 from .view import View
 
@@ -20,14 +21,8 @@ def prepare(
 ) -> tuple[View, tuple[Fired, ...]]:
     """The view of the prepared graph, and what was fused by it; `again` looks at the graph anew."""
     fired = list[Fired]()
-    while found := swap(view, patterns, price):
-        fired += found
-        view = again()
-    if give_bias(view, patterns):
-        view = again()
-    if regroup(view, patterns, price):
-        view = again()
-    steps = (use_shuffles, write_indices, move_permutations)
-    while any(step(view, patterns, price) for step in steps):
-        view = again()
+    for passes in ((swap,), (give_biases,), (regroup,), (use_shuffles, write_indices, move_permutations)):
+        while made := next(filter(None, (make_disjoint(find(view, patterns, price)) for find in passes)), None):
+            fired += [edit.told for edit in made if edit.told is not None]
+            view = again()
     return view, tuple(fired)

@@ -10,15 +10,16 @@ The captured graph is changed, before the plan.
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
+from functools import partial, reduce
 
 from torch.fx import Node
 
 from . import algebra
 from .cost import CostFunction
+from .graph_edits import Edit
 from .moves import note
 from .pattern import Selection
 from .record import IDENTITY, Operator
@@ -41,16 +42,14 @@ class _Tree:
     known: Set[frozenset[int]]
 
 
-def regroup(view: View, patterns: Selection, price: CostFunction) -> bool:
-    """Regroup every sum of several tensors in which branches of one can merge; whether there was any."""
-    done = False
-    for root in [n for n, a in view.affine.items() if a.kind == "sum"]:
+def regroup(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Sums of several tensors to be regrouped, as branches of one can merge."""
+    for root in (n for n, a in view.affine.items() if a.kind == "sum"):
         tree = _tree(view, root)
         groups = [] if tree is None else _groups(view, tree, patterns, price)
         if tree is not None and any(len(g) > 1 and frozenset(g) not in tree.known for g in groups):
-            _rewrite(view, tree, groups)
-            done = True
-    return done
+            touched = frozenset((root, *tree.inner, *tree.leaves, *root.users))
+            yield Edit(touched, partial(_rewrite, view, tree, groups))
 
 
 def _tree(view: View, root: Node) -> _Tree | None:

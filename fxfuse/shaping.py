@@ -190,6 +190,8 @@ def elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def pooled(node: Node, modules: Mapping[str, nn.Module]) -> int | None:
     """Over how many dims a node takes maxima or norms of windows, if it is such a pool and gives no indices."""
+    if not node.args:
+        return None
     if node.op == "call_module":
         module = modules[str(node.target)]
         whole = plain(module) and not getattr(module, "return_indices", False)

@@ -11,8 +11,10 @@ direction, which needs no other plan, is `layer_first`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -20,6 +22,7 @@ from torch.fx import Node
 from .arguments import Affine
 from .cost import CostFunction
 from .fact import KNOWN
+from .graph_edits import Edit
 from .pattern import Selection
 from .record import Operator
 from .refusal import Refusal
@@ -27,16 +30,15 @@ from .report import Fired
 from .view import View
 
 
-def swap(view: View, patterns: Selection, price: CostFunction) -> tuple[Fired, ...]:
-    """Move average pools before the pointwise convolutions they follow; one entry for each."""
-    found = []
-    for pool, affine in list(view.affine.items()):
+def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Average pools to be moved before the pointwise convolutions they follow."""
+    for pool, affine in view.affine.items():
         if affine.op.kind == "pool" and not affine.op.pads and math.prod(affine.op.stride) > 1:
             nodes = _before(view, pool, affine.op)
             if nodes and _allowed(view.affine[nodes[-1]], affine.op, patterns, price):
-                found.append(_swapped(view, pool, nodes))
-                _rewire(view, pool, nodes)
-    return tuple(found)
+                source = view.affine[nodes[-1]].inputs[0][0]
+                touched = frozenset((pool, *nodes, source, *pool.users))
+                yield Edit(touched, partial(_rewire, view, pool, nodes), _swapped(view, pool, nodes))
 
 
 def _before(view: View, pool: Node, op: Operator) -> list[Node]:

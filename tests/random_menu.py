@@ -89,6 +89,32 @@ def branches(body: Body, g: Reader) -> None:
             total = body.assign(text.format(total, one))
 
 
+JOINED = table("""
+    {s} + {a} + {b} ; {a} + {s} + {b} ; {a} + {b} + {s} ; {a} + ({s} + {b}) ; {s} + ({b} + {a}) ; sum([{a}, {s}, {b}]) ;
+    torch.cat([{a}, {b}], 1) ; torch.cat([{s}, {a}], 1) ; {a} + {s} + {b} + {s}
+""")
+AGAIN = table("""
+    {y} + {v} + {v} ; {v} + {y} + {v} ; {v} + {v} + {y} ; {v} + ({y} + {v}) ; {v} + {v} + {v} ; sum([{v}, {y}, {v}]) ;
+    sum([{v}, {v}, {v}]) ; {y} + {v} + {v} + {v} ; ({y} + {v}) * ({v} + {w}) ; ({v} + {w}) + ({y} + {v}) ;
+    torch.cat([{v}, {v}], 1) + torch.cat([{y}, {v}], 1) ; torch.cat([{v}, {y} + {v}], 1) ; {y} - {v} - {v} ;
+    0 + {v} + {v}
+""")
+
+
+def read_again(body: Body, g: Reader) -> None:
+    """Branches of one tensor joined with another, and sums and joins that read the result more than once."""
+    again, joined, x = g.pick(*AGAIN), g.pick(*JOINED), body.var(g)
+    shape = body.shape(x)
+    dims = layers.spatial(g, shape)
+    names = {"s": body.assign(g.pick("{0}.relu()", "{0}.abs()", "-{0}").format(x))}
+    for name, kernel in (("a", 1), ("b", g.pick(3, 1))):
+        text = layers.conv(body, g, shape, shape[-dims - 1], kernel, 1)
+        names[name] = body.assign(f"{body.declare('c', layers.wrapped(body, g, text))}({x})")
+    v = body.assign(joined.format(**names))
+    y, w = (body.assign(f"{v}.{how}()") for how in ("clone", "relu"))
+    body.assign(again.format(v=v, y=body.other(g, v) if g.chance(3) else y, w=w))
+
+
 def functional(body: Body, g: Reader) -> None:
     """A layer's function with a weight that is read, or made, in the forward."""
     x = body.var(g)

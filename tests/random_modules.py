@@ -152,7 +152,7 @@ def nested(body: Body, g: Reader) -> None:
 MENU: tuple[tuple[int, Statement], ...] = (
     (20, menu.conv_norm), (14, menu.branches), (10, menu.call), (8, block), (8, menu.scaled), (8, menu.view),
     (8, menu.write), (6, menu.alone), (6, menu.pair), (5, menu.number), (4, again), (4, menu.functional),
-    (4, nested), (3, menu.residual), (3, menu.pieces), (3, flow), (2, state), (2, spare),
+    (4, nested), (3, menu.residual), (3, menu.pieces), (3, flow), (2, state), (2, spare), (8, menu.read_again),
 )  # fmt: skip
 
 

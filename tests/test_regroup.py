@@ -12,6 +12,7 @@ from helpers import assert_untouched, count, fingerprint, randomize
 from safety import model_of
 from test_laws import inputs
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import fxfuse
 
@@ -133,3 +134,57 @@ def test_it_is_done_once_and_new_weights_are_followed() -> None:
         net.a.weight.mul_(-3)
     fxfuse.refresh(fused, net)
     assert all(torch.equal(fused(x), net(x)) for x in tensors)
+
+
+def _sum(s: Any, x: Tensor, y: Tensor) -> Tensor:
+    out: Tensor = x.sign() + s.a(y) + s.b(y)
+    return out
+
+
+AGAIN: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "y + v + v": lambda v, y: y + v + v,
+    "v + y + v": lambda v, y: v + y + v,
+    "v + (v + y)": lambda v, y: v + (v + y),
+    "0 + v + v + v": lambda v, y: 0 + v + v + v,
+    "sum([v, v, v])": lambda v, y: sum([v, v, v]),
+    "sum([v, y, v])": lambda v, y: sum([v, y, v]),
+    "y + v + v + v": lambda v, y: y + v + v + v,
+    "two sums": lambda v, y: (y + v) * (v + y.abs()),
+    "sums of sums": lambda v, y: (y.abs() + v) + (v + y),
+    "joins": lambda v, y: torch.cat([v, v + y, v], 1),
+    "the value itself": lambda v, y: (v, y + v + v),
+}
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "export"])
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_regrouped_sum_that_is_read_again(name: str, capture: str) -> None:
+    net = model(lambda s, x, y: AGAIN[name](_sum(s, x, y), y.sign()))  # type: ignore[no-any-return]
+    tensors, before = inputs(4, 2), fingerprint(net)
+    fused = fxfuse.optimize(net, tensors[0], capture=capture)
+    for x in (*tensors, *tensors[:1]):
+        assert all(map(torch.equal, tree_leaves(fused(x)), tree_leaves(net(x))))
+    assert_untouched(net, before)
+    assert count(fused, tensors[0])["conv"] == 1
+    assert not fxfuse.report(fxfuse.optimize(fused)).fired
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_regrouped_sum_that_is_read_again_compiled(name: str) -> None:
+    net, tensors = model(lambda s, x, y: AGAIN[name](_sum(s, x, y), y.sign())), inputs(4, 2)  # type: ignore[no-any-return]
+    compiled = torch.compile(net, backend="fxfuse", options={"inner": "eager", "strict": True})
+    with torch.no_grad():
+        for x in (*tensors, *tensors[:1]):
+            assert all(map(torch.equal, tree_leaves(compiled(x)), tree_leaves(net(x))))
+
+
+def test_two_sums_of_which_one_ends_in_the_other() -> None:
+    def forward(s: Any, x: Tensor, y: Tensor) -> Tensor:
+        inner = _sum(s, x, y)
+        outer: Tensor = inner + s.c(x) + inner.relu() + s.d(x)
+        return outer
+
+    net, tensors = model(forward), inputs(4, 2)
+    fused = fxfuse.optimize(net)
+    assert all(torch.equal(fused(x), net(x)) for x in tensors)
+    assert count(fused, tensors[0])["conv"] == 2
