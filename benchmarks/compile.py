@@ -34,7 +34,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import fxfuse
-from fxfuse.weight_sets import WeightSet
+from fxfuse.compiling.weight_sets import WeightSet
 
 FORMS = ("eager", "inductor", "inductor, freezing", "fxfuse", "by hand, freezing", "optimized, freezing")
 TO_HAND = 1.02

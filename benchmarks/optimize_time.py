@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 
 import fxfuse  # noqa: E402
-from fxfuse.capture import FuseTracer  # noqa: E402
-from fxfuse.hierarchy import survey  # noqa: E402
+from fxfuse.capture.parts import survey  # noqa: E402
+from fxfuse.capture.symbolic import FuseTracer  # noqa: E402
 
 MAX_RATIO, MAX_GROWTH_OF_RATIO, MAX_PEAK = 4.0, 1.3, 2.5
 NETWORKS = ("repvgg_a0", "mobileone_s0", "resnet50", "dbb_resnet18")

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fxfuse
-from fxfuse.hierarchy import survey
+from fxfuse.capture.parts import survey
 
 from . import zoo_models
 from .executed import Executed

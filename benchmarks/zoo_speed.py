@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fxfuse
-from fxfuse import timing
+from fxfuse.reporting import timing
 
 from . import zoo_models
 from .zoo_check import accepted

@@ -11,7 +11,7 @@ from blocks import RepVGG
 from torch import nn
 
 import fxfuse
-from fxfuse.backend import fxfuse as backend  # installed, the bare name backend="fxfuse" is enough
+from fxfuse.compiling.backend import fxfuse as backend  # installed, the bare name backend="fxfuse" is enough
 
 inner = sys.argv[1] if len(sys.argv) > 1 else "inductor"
 torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from .record import Operator
+from fxfuse.algebra.operator import Operator
 
 CostFunction = Callable[[Operator, Fraction], float | Fraction]
 

@@ -13,14 +13,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .cost import CostFunction, cost_name, resolve
-from .hierarchy import Part, survey
-from .passes import Outcome, Pass, sizes, ways
-from .pattern import select
-from .refresh import store, stored
-from .report import Report, Reports
-from .shapes import as_tuple, inputs_of
-from .verify import verify as compare
+from fxfuse.capture.example_shapes import as_tuple, inputs_of
+from fxfuse.capture.parts import Part, survey
+from fxfuse.cost import CostFunction, cost_name, resolve
+from fxfuse.pattern import select
+from fxfuse.refresh import store, stored
+from fxfuse.reporting.report import Report, Reports
+from fxfuse.reporting.verify import verify as compare
+from fxfuse.whole_model import Outcome, Pass, sizes, ways
 
 logger = logging.getLogger("fxfuse")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -126,7 +126,7 @@ def report(fused: nn.Module) -> Any:
     Raises:
         TypeError: the module does not come from `optimize`, and no graph of it was compiled by fxfuse.
     """
-    compiled = sys.modules.get("fxfuse.backend")
+    compiled = sys.modules.get("fxfuse.compiling.backend")
     found = compiled.reports(fused) if compiled is not None and isinstance(fused, nn.Module) else ()
     if found:
         return Reports(found)

@@ -17,14 +17,14 @@ from importlib.metadata import entry_points
 
 from torch import nn
 
-from . import algebra, neighbours
-from .record import Operator
-from .refusal import Refusal
+from fxfuse.algebra import combine, neighbours
+from fxfuse.algebra.operator import Operator
+from fxfuse.refusal import Refusal
 
 RELATIONS: dict[str, Callable[[Operator, Operator], Operator | Refusal]] = {
-    "chain": algebra.compose,
-    "sum": lambda f, g: algebra.add((f, g)),
-    "concat": lambda f, g: algebra.concat((f, g)),
+    "chain": combine.compose,
+    "sum": lambda f, g: combine.add((f, g)),
+    "concat": lambda f, g: combine.concat((f, g)),
     "siblings": neighbours.siblings,
     "swap": neighbours.swap,
     "alone": lambda f, g: f,

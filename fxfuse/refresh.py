@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from .assemble import spelled
-from .constants import Apply, Attr, model_values
-from .fold import tensor_at
-from .indices import Held, changed
-from .materialize import PARAMETERS, tensors
-from .refusal import Refusal
-from .report import Report
-from .rewrite import Recipe
-from .weight_sets import bump
+from fxfuse.algebra.constants import Apply, Attr, model_values
+from fxfuse.compiling.weight_sets import bump
+from fxfuse.reading.folding import tensor_at
+from fxfuse.rearranging.index_tensors import Held, changed
+from fxfuse.refusal import Refusal
+from fxfuse.reporting.report import Report
+from fxfuse.rewriting.assemble import spelled
+from fxfuse.rewriting.layers import PARAMETERS, tensors
+from fxfuse.rewriting.rewriter import Recipe
 
 STORE = "_fxfuse"
 

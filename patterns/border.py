@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxfuse import algebra
+from fxfuse.algebra import combine
+from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
-from fxfuse.record import Operator
 from fxfuse.refusal import Refusal
 
 
@@ -36,10 +36,10 @@ class Border(Pattern):
     )
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
-        return algebra.needs_frame(f, g)
+        return combine.needs_frame(f, g)
 
     def rewrite(self, relation: str, f: Operator, g: Operator) -> Operator | Refusal:
-        return algebra.framed(f, g)
+        return combine.framed(f, g)
 
     examples = (
         Example(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
-from fxfuse.record import Operator
 
 
 class _Concat(nn.Module):

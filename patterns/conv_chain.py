@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
-from fxfuse.record import Operator
 
 
 @register

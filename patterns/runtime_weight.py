@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
-from fxfuse.record import Operator
 
 
 class _Mixed(nn.Module):

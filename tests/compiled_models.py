@@ -12,7 +12,7 @@ from helpers import randomize, relative_error
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.backend import fxfuse as backend
+from fxfuse.compiling.backend import fxfuse as backend
 
 Change = Callable[[nn.Module, torch.Generator], None]
 

@@ -13,7 +13,7 @@ from safety import model_of
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.copying import copied
+from fxfuse.capture.copying import copied
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

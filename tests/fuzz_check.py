@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fxfuse
-from fxfuse.copying import copied
+from fxfuse.capture.copying import copied
 
 TOLERANCE = 1e-9
 DOCUMENTED = re.compile("cannot be traced|which a graph|has a forward set on the instance")

@@ -8,41 +8,48 @@ from typing import Any
 
 import pytest
 
-import fxfuse.algebra
-import fxfuse.dialect
-import fxfuse.effects
-import fxfuse.fold
-import fxfuse.guards
-import fxfuse.layers
-import fxfuse.lift_tensors
-import fxfuse.tracer
-import fxfuse.values
-import fxfuse.view
-from fxfuse.plan import Planner
+import fxfuse.algebra.combine
+import fxfuse.algebra.numbers
+import fxfuse.capture.guards
+import fxfuse.capture.tracer
+import fxfuse.ops.modules
+import fxfuse.ops.spellings
+import fxfuse.reading.arithmetic
+import fxfuse.reading.effects
+import fxfuse.reading.folding
+import fxfuse.reading.view
+from fxfuse.planning.planner import Planner
 
 Patch = pytest.MonkeyPatch
 
 
 def reader_with(patch: Patch, op: str, **changes: Any) -> None:
     """Read calls of `op` as if some arguments had other values."""
-    original = fxfuse.view.READERS[op]
+    original = fxfuse.reading.view.READERS[op]
 
     def read(call: Any, facts: Any, node: Any) -> Any:
         changed = {name: value for name, value in changes.items() if name in call.args}
         return original(replace(call, args=call.args | changed), facts, node)
 
-    patch.setitem(fxfuse.view.READERS, op, read)
+    patch.setitem(fxfuse.reading.view.READERS, op, read)
 
 
 def everywhere(patch: Patch, name: str, value: Any) -> None:
     """Replace a function in every module that imported it."""
-    for module in (fxfuse.tracer, fxfuse.dialect, fxfuse.effects, fxfuse.layers, fxfuse.fold, fxfuse.guards):
+    for module in (
+        fxfuse.capture.tracer,
+        fxfuse.ops.spellings,
+        fxfuse.reading.effects,
+        fxfuse.ops.modules,
+        fxfuse.reading.folding,
+        fxfuse.capture.guards,
+    ):
         if hasattr(module, name):
             patch.setattr(module, name, value)
 
 
 def no_write(patch: Patch) -> None:
-    patch.setattr(fxfuse.effects, "_written", lambda node, call, modules: [])
+    patch.setattr(fxfuse.reading.effects, "_written", lambda node, call, modules: [])
 
 
 def no_alpha(patch: Patch) -> None:
@@ -51,8 +58,8 @@ def no_alpha(patch: Patch) -> None:
 
 
 def one_reader(patch: Patch) -> None:
-    original = fxfuse.view.View.data_users
-    patch.setattr(fxfuse.view.View, "data_users", lambda self, node: original(self, node)[:1])
+    original = fxfuse.reading.view.View.data_users
+    patch.setattr(fxfuse.reading.view.View, "data_users", lambda self, node: original(self, node)[:1])
 
 
 def norm_of_the_batch(patch: Patch) -> None:
@@ -66,25 +73,25 @@ def no_hooks(patch: Patch) -> None:
 
 
 def no_border(patch: Patch) -> None:
-    patch.setattr(fxfuse.border, "refuse", lambda f, g: None)
-    patch.setattr(fxfuse.algebra, "needs_frame", lambda f, g: False)
+    patch.setattr(fxfuse.algebra.border, "refuse", lambda f, g: None)
+    patch.setattr(fxfuse.algebra.combine, "needs_frame", lambda f, g: False)
 
 
 def no_frame(patch: Patch) -> None:
     """The border of a merged convolution forgotten: its frame is 0."""
-    original = fxfuse.values._frame
-    patch.setattr(fxfuse.values, "_frame", lambda *args: 0 * original(*args))
+    original = fxfuse.algebra.numbers._frame
+    patch.setattr(fxfuse.algebra.numbers, "_frame", lambda *args: 0 * original(*args))
 
 
 def transposed_axis(patch: Patch) -> None:
     """The weight of a transposed convolution taken for [N, C], where the two are the same."""
-    original = fxfuse.values.LEAVES["conv"]
+    original = fxfuse.algebra.numbers.LEAVES["conv"]
 
     def leaf(op: Any, source: Any) -> Any:
         square = op.in_channels == op.out_channels and op.groups == 1
         return original(replace(op, transposed=op.transposed and not square), source)
 
-    patch.setitem(fxfuse.values.LEAVES, "conv", leaf)
+    patch.setitem(fxfuse.algebra.numbers.LEAVES, "conv", leaf)
 
 
 def across_a_write(patch: Patch) -> None:
@@ -92,33 +99,33 @@ def across_a_write(patch: Patch) -> None:
 
 
 def every_write_private(patch: Patch) -> None:
-    patch.setattr(fxfuse.effects.Effects, "private_write", lambda self, writer: True)
+    patch.setattr(fxfuse.reading.effects.Effects, "private_write", lambda self, writer: True)
 
 
 def last_axis_is_channels(patch: Patch) -> None:
     """A (C,) or (1, W) constant taken for a factor per channel."""
-    original = fxfuse.lift_tensors.pointwise
+    original = fxfuse.reading.arithmetic.pointwise
 
     def pointwise(kind: str, law: str, spatial: int, channels: int, **fields: Any) -> Any:
         return original(kind, law, 2 if law == "scale" and spatial == 0 else spatial, channels, **fields)
 
-    patch.setattr(fxfuse.lift_tensors, "pointwise", pointwise)
+    patch.setattr(fxfuse.reading.arithmetic, "pointwise", pointwise)
 
 
 def written_weights(patch: Patch) -> None:
-    patch.setattr(fxfuse.effects.Effects, "written_attributes", lambda self: set())
+    patch.setattr(fxfuse.reading.effects.Effects, "written_attributes", lambda self: set())
 
 
 def subclass_is_its_base(patch: Patch) -> None:
     def layer_type(module: Any) -> Any:
-        return next((t for t in type(module).__mro__ if t in fxfuse.layers._FORWARDS), None)
+        return next((t for t in type(module).__mro__ if t in fxfuse.ops.modules._FORWARDS), None)
 
     everywhere(patch, "layer_type", layer_type)
 
 
 def groups_ignored(patch: Patch) -> None:
     """The channels of a grouped convolution's output selected as if it were one group."""
-    patch.setattr(fxfuse.values, "_dense", lambda f, weight, groups, full=False: weight)
+    patch.setattr(fxfuse.algebra.numbers, "_dense", lambda f, weight, groups, full=False: weight)
 
 
 def concat_axis(patch: Patch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fxfuse
-from fxfuse.copying import copied
+from fxfuse.capture.copying import copied
 
 SHAPES = ((2, 4, 8, 7), (3, 4, 6, 9))
 Draw = Callable[[tuple[int, ...], torch.Generator], Any]

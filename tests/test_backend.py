@@ -23,7 +23,7 @@ from helpers import randomize, relative_error
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.backend import fxfuse as backend
+from fxfuse.compiling.backend import fxfuse as backend
 
 
 @pytest.mark.parametrize("freeze", ["auto", True, False])
@@ -196,7 +196,7 @@ def test_a_failure_leaves_the_model_running(monkeypatch: Any, caplog: pytest.Log
         raise KeyError("nothing works today")
 
     model, x = build(), draw()
-    monkeypatch.setattr("fxfuse.backend.look", fails)
+    monkeypatch.setattr("fxfuse.compiling.backend.look", fails)
     f = torch.compile(model, backend=backend, options={"inner": "eager"})
     with torch.no_grad(), caplog.at_level(logging.ERROR, "fxfuse"):
         same(f, model, x)
@@ -222,7 +222,7 @@ def test_weights_that_cannot_be_folded_run_as_they_are() -> None:
 def test_global_freezing_is_folded_too_and_its_danger_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxfuse.backend._told", set())
+    monkeypatch.setattr("fxfuse.compiling.backend._told", set())
     model, other, inner = build(), build(seed=1), Counting()
     f, g = compiled(model, inner), compiled(other, inner)
     with torch._inductor.config.patch(freezing=True), torch.no_grad(), caplog.at_level(logging.WARNING, "fxfuse"):

@@ -12,7 +12,7 @@ from helpers import count, randomize, relative_error
 
 import fxfuse
 from examples.blocks import BLOCKS
-from fxfuse.backend import fxfuse as backend
+from fxfuse.compiling.backend import fxfuse as backend
 
 OPERATIONS = ("conv", "bn", "add", "cat", "pool", "linear")
 

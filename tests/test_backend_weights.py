@@ -26,7 +26,7 @@ from compiled_models import (
 from helpers import relative_error
 from torch import Tensor, nn
 
-from fxfuse.backend import fxfuse as backend
+from fxfuse.compiling.backend import fxfuse as backend
 
 
 @pytest.mark.parametrize("freeze", ["auto", True, False])

@@ -21,8 +21,8 @@ from test_properties import few
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse import algebra
-from fxfuse.record import Operator, pointwise
+from fxfuse.algebra import combine
+from fxfuse.algebra.operator import Operator, pointwise
 
 FRAMED = {"conv": 2, "add": 1}  # the convolution, that of the frame, and their sum
 PADDED = [n for n, fields in GEOMETRIES.items() if fields.get("padding", "valid") != "valid"]
@@ -195,8 +195,8 @@ def test_before_a_deformable_convolution_there_is_no_frame() -> None:
     """Its taps read between positions, in bounds and out."""
     norm = pointwise("scale", "batch_norm", 2, 4, bias=True)
     warp = Operator("warp", "conv", 2, 4, 5, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
-    assert not algebra.needs_frame(norm, warp)
-    assert isinstance(algebra.framed(norm, warp), fxfuse.Refusal)
+    assert not combine.needs_frame(norm, warp)
+    assert isinstance(combine.framed(norm, warp), fxfuse.Refusal)
 
 
 def test_a_value_that_is_read_elsewhere_stays() -> None:

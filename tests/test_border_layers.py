@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from examples.blocks import BLOCKS
-from fxfuse import cli
+from fxfuse.cli import main
 from fxfuse.framed import FRAMED, FramedConv2d
 
 
@@ -272,9 +272,9 @@ def test_the_command_line_shows_it(capsys: pytest.CaptureFixture[str], tmp_path:
     file.write_text(
         "from torch import nn\ndef pair(): return nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 3, 1, 1))"
     )
-    assert cli.main(["report", f"{file}:pair", "--input", "2,2,9,9", "--verify"]) == 0
+    assert main.main(["report", f"{file}:pair", "--input", "2,2,9,9", "--verify"]) == 0
     assert "conv2d 2->2 k3x3 p1 + border" in capsys.readouterr().out
-    assert cli.main(["explain", "border"]) == 0
+    assert main.main(["explain", "border"]) == 0
     text = capsys.readouterr().out
     assert "+ border" in text and "would cost more" in text and "error" in text
-    assert cli.main(["patterns"]) == 0 and "border" in capsys.readouterr().out
+    assert main.main(["patterns"]) == 0 and "border" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from safety import agrees, model_of, usual
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.capture import capture
+from fxfuse.capture.symbolic import capture
 
 Forward = Callable[..., Any]
 HERE = r"test_capture\.py:\d+"

@@ -17,9 +17,9 @@ from helpers import assert_untouched, fingerprint
 from torch import nn
 
 import fxfuse
-from fxfuse import timing
-from fxfuse.cli import main
+from fxfuse.cli.main import main
 from fxfuse.pattern import known
+from fxfuse.reporting import timing
 
 ROOT = Path(__file__).resolve().parent.parent
 REPVGG = str(ROOT / "examples" / "blocks" / "repvgg.py")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safety import model_of
 from torch import nn
 
-from fxfuse.capture import capture
-from fxfuse.dims import ONE, Dims, Size, kept_axes, product
-from fxfuse.shaping import read_shaping
-from fxfuse.view import look
+from fxfuse.capture.symbolic import capture
+from fxfuse.facts.sizes import ONE, Dims, Size, kept_axes, product
+from fxfuse.ops.movement import read_shaping
+from fxfuse.reading.view import look
 
 B, C, H, W = (Size(1, (name,)) for name in "bchw")
 

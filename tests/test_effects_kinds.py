@@ -16,7 +16,7 @@ from safety import agrees, model_of, normal, pickled, usual
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.plan import STEPS
+from fxfuse.planning.planner import STEPS
 
 
 def complex_of(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import fxfuse
-from fxfuse import schema
-from fxfuse.exported import _program
-from fxfuse.rebuild import rebuild
+from fxfuse.capture.export.graph import rebuild
+from fxfuse.capture.export.program import _program
+from fxfuse.ops import schema
 from fxfuse.refusal import CaptureError
 
 Forward = Callable[..., Any]
@@ -237,7 +237,7 @@ class Careless(fxfuse.Pattern):
         return f.weighted and g.weighted
 
     def rewrite(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> fxfuse.Operator:
-        from fxfuse.algebra import product
+        from fxfuse.algebra.combine import product
 
         return product(f, g)
 

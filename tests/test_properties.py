@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfuse
 from fxfuse import Operator, pattern
-from fxfuse.record import IDENTITY
+from fxfuse.algebra.operator import IDENTITY
 
 NAMES = "avg_pool border concat conv_bn conv_chain identity parallel_conv pool_swap siblings".split()
 SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)

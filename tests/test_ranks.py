@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from safety import model_of
 from torch import Tensor, nn
 
-from fxfuse.capture import capture
-from fxfuse.fact import Fact
-from fxfuse.view import View, look
+from fxfuse.capture.symbolic import capture
+from fxfuse.facts.fact import Fact
+from fxfuse.reading.view import View, look
 
 Op = Callable[[Any, Tensor], Any]
 N = 99  # no bound

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxfuse
-from fxfuse.rebuild import rebuild
+from fxfuse.capture.export.graph import rebuild
 
 Forward = Callable[..., Any]
 

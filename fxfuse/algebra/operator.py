@@ -1,0 +1,187 @@
+"""The operator record: every affine layer is one `Operator`, whatever its name or rank.
+
+On a tensor [B, C, *S] an operator holds a weight [N, C/g, *K], a bias [N] or none, stride s,
+dilation d, padding (low, high) per spatial dim, the value padded, and groups g: output position
+o along a dim reads input positions s*o + i*d - low for taps i. The channel axis is -(S+1), so
+`spatial == 0` is a linear layer on the last axis. One that is `framed` adds a frame [N, 1, *K]: its
+number of a tap counts at every position where that tap reads out of bounds, as a weight on one more
+input channel that is 1 there and 0 inside. The record describes structure only; the numbers are
+computed from `law`, `operands` and `consts` by `values`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from fxfuse.algebra.constants import Apply, Const
+
+Ints = tuple[int, ...]
+Pads = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One affine map on the channels and positions of a tensor.
+
+    `spatial` is None for what acts alike on every layout (`x * 2`, dropout): it takes the layout
+    of whatever it meets, see `at`. `reads` names the input channels used, in order; None means
+    all of them. `kind` is what patterns match on: conv, warp (a deformable conv), scale,
+    identity, pool, pad or select.
+    """
+
+    kind: str
+    law: str
+    spatial: int | None = None
+    in_channels: int = 0
+    out_channels: int = 0
+    kernel: Ints = ()
+    stride: Ints = ()
+    dilation: Ints = ()
+    padding: Pads = ()
+    groups: int = 1
+    bias: bool = False
+    reads: Ints | None = None
+    padding_mode: str = "zeros"
+    pad_value: Const = 0
+    framed: bool = False
+    transposed: bool = False
+    output_padding: Ints = ()
+    dtype: torch.dtype | None = None
+    path: str = ""
+    consts: tuple[tuple[str, Any], ...] = ()
+    operands: tuple[Operator, ...] = ()
+    applied: tuple[str, ...] = ()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a conv or linear is in it, so that it runs as one and can absorb others."""
+        return self.kind in ("conv", "warp")
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is one layer whose weight or bias is an expression, evaluated at every call."""
+        return self.weighted and any(isinstance(c, Apply) for _, c in self.consts)
+
+    @property
+    def input_width(self) -> int:
+        """Number of channels it reads."""
+        return self.in_channels if self.reads is None else len(self.reads)
+
+    @property
+    def pointwise(self) -> bool:
+        """One tap, stride 1, no padding: the value at a position depends on that position alone."""
+        return (
+            not self.transposed
+            and self.kind != "warp"
+            and all(k == 1 for k in self.kernel)
+            and all(s == 1 for s in self.stride)
+            and not self.pads
+        )
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel for each output channel."""
+        return self.groups == self.out_channels == self.input_width
+
+    @property
+    def pads(self) -> bool:
+        return any(low or high for low, high in self.padding)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one output position; 0 for what is not a conv or linear."""
+        if not self.weighted:
+            return 0
+        return self.out_channels * (self.input_width // self.groups) * math.prod(self.kernel)
+
+    @property
+    def pixels(self) -> Fraction:
+        """Output positions for each input position, borders aside."""
+        size = math.prod(self.stride)
+        return Fraction(size) if self.transposed else Fraction(1, size)
+
+    @property
+    def params(self) -> int:
+        return (self.macs + self.bias * self.out_channels) if self.weighted else 0
+
+    @property
+    def frame_conv(self) -> Operator:
+        """What makes the frame: a convolution of the one channel that is 1 out of bounds, once for a whole batch."""
+        return replace(self, in_channels=1, reads=None, groups=1, bias=False, framed=False)
+
+    def const(self, name: str) -> Any:
+        return dict(self.consts)[name]
+
+    def at(self, spatial: int, channels: int) -> Operator:
+        """This layout-free operator on a tensor of `channels` channels and `spatial` dims."""
+        if self.spatial is not None:
+            return self
+        ones = (1,) * spatial
+        return replace(
+            self,
+            spatial=spatial,
+            in_channels=channels,
+            out_channels=channels,
+            groups=channels,
+            kernel=ones,
+            stride=ones,
+            dilation=ones,
+            padding=((0, 0),) * spatial,
+            output_padding=(0,) * spatial,
+            operands=tuple(o.at(spatial, channels) for o in self.operands),
+        )
+
+    def relaid(self, spatial: int) -> Operator:
+        """This factor and shift a channel on a tensor with another number of dims after its channels."""
+        if self.spatial is None or self.spatial == spatial:
+            return self
+        ones = (1,) * spatial
+        return replace(
+            self,
+            spatial=spatial,
+            kernel=ones,
+            stride=ones,
+            dilation=ones,
+            padding=((0, 0),) * spatial,
+            output_padding=(0,) * spatial,
+        )
+
+    def describe(self) -> str:
+        """`conv2d 64->128 k3x3 s2 p1 g4`: the shape of the operator for a report."""
+        rank = "" if self.spatial is None else f"{self.spatial}d"
+        names = {"conv": "linear" if self.spatial == 0 else f"conv{rank}", "warp": f"deform_conv{rank}"}
+        name = names.get(self.kind, self.kind)
+        if self.transposed:
+            name = f"conv_transpose{rank}"
+        text = f"{name} {self.input_width}->{self.out_channels}" if self.spatial is not None else name
+        if any(k != 1 for k in self.kernel):
+            text += " k" + "x".join(map(str, self.kernel))
+        if any(s != 1 for s in self.stride):
+            text += " s" + "x".join(map(str, dict.fromkeys(self.stride)))
+        if self.pads:
+            text += " p" + "x".join(str(lo) if lo == hi else f"{lo}:{hi}" for lo, hi in dict.fromkeys(self.padding))
+        if any(d != 1 for d, k in zip(self.dilation, self.kernel, strict=True) if k > 1):
+            text += " d" + "x".join(map(str, dict.fromkeys(self.dilation)))
+        if self.groups > 1 and self.weighted:
+            text += f" g{self.groups}"
+        return text + " + border" * self.framed
+
+
+IDENTITY = Operator(kind="identity", law="identity")
+
+
+def pointwise(kind: str, law: str, spatial: int, channels: int, **fields: Any) -> Operator:
+    """A depthwise 1x1 operator: batch norm, a per-channel factor, a channel selection, a pad."""
+    op = Operator(kind=kind, law=law).at(spatial, channels)
+    return replace(op, **fields)
+
+
+def shuffled(channels: int, groups: int) -> Ints:
+    """The channels that a channel shuffle reads, in order (ShuffleNet, Zhang et al. 2018, section 3.1)."""
+    size = channels // groups
+    return tuple((j % groups) * size + j // groups for j in range(channels))

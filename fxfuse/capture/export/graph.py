@@ -1,0 +1,203 @@
+"""The graph of an ExportedProgram, written anew over the model's own parameters and buffers.
+
+Its inputs are the parameters of the model's forward and its output has the structure of the forward's,
+so it is an ordinary graph: it can be pickled, traced and exported again. It begins with checks of all
+that torch.export decided on the way, and each node notes what is thereby certain of its shape.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections import OrderedDict, namedtuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fxfuse.capture.export.arguments import Part, parts
+from fxfuse.capture.export.checks import InputChecks
+from fxfuse.capture.export.conditions import VARIES, Conditions, number
+from fxfuse.capture.symbolic import Captured
+from fxfuse.facts.fact import KNOWN
+from fxfuse.names import plain
+from fxfuse.reading.folding import tensor_at
+from fxfuse.refusal import CaptureError
+
+_KEPT = ("nn_module_stack", "stack_trace")
+_MODES = {
+    "wrap_with_set_grad_enabled": "switches gradients off or on",
+    "_set_grad_enabled": "switches gradients off or on",
+    "wrap_with_autocast": "enters torch.autocast",
+    "_enter_autocast": "enters torch.autocast",
+}
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def rebuild(model: nn.Module, inputs: tuple[Any, ...], program: Any, holds: Conditions) -> Captured:
+    """The graph of `program`, which was exported from `model` for inputs like `inputs` and holds where `holds` does.
+
+    Raises:
+        CaptureError: it holds what a graph of tensors cannot: another gradient mode, autocast, control
+            flow operators, objects that are no tensors.
+    """
+    new = _Rebuilder(model, program)
+    new.arguments(parts(model, inputs), holds)
+    for node in new.source.graph.nodes:
+        if node.op == "output":
+            new.output(node)
+        elif node.op == "call_function":
+            new.copy(node)
+    return Captured(new.graph, model, new.constants, how="export", general=new.general(holds, parts(model, inputs)))
+
+
+class _Rebuilder:
+    def __init__(self, model: nn.Module, program: Any) -> None:
+        self.model, self.program = model, program
+        self.source: GraphModule = program.module(check_guards=False)
+        self.graph = Graph()
+        self.nodes: dict[Node, Any] = {}  # by node of the program
+        self.state: dict[str, Node] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.paths: dict[int, str] = {}
+        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for path, tensor in (pair for pairs in named for pair in pairs):
+            self.paths.setdefault(id(tensor), path)
+
+    def arguments(self, given: Sequence[Part], holds: Conditions) -> None:
+        """One placeholder a parameter of the forward, and checks of all that is taken for granted of them.
+
+        Parameters that are not given are held to their default.
+        """
+        made = self._placeholders({p.name for p in given})
+        check = InputChecks(self.graph, made)
+        for part in given:
+            if part.inside:
+                field = isinstance(part.key, pytree.GetAttrKey)
+                take, index = (getattr, part.key.name) if field else (operator.getitem, _index(part.key))
+                made[part.name] = self.graph.call_function(take, (made[part.inside], index))
+            if not part.leaf:
+                check.length(part.name, len(part.value))
+        placeholders = [n for n in self.source.graph.nodes if n.op == "placeholder"]
+        for part, node in zip((p for p in given if p.leaf), placeholders, strict=True):
+            self.nodes[node] = made[part.name]
+            self._know(made[part.name], node)
+            check.value(part.name, part.value)
+        for name, parameter in self._left_out({p.name for p in given}):
+            check.value(name, parameter.default)
+        for text, place in holds.items():
+            check.condition(text, place)
+
+    def general(self, holds: Conditions, given: Sequence[Part]) -> bool:
+        """Whether the graph holds for every batch and size: the number of channels is all that is taken for granted.
+
+        Numbers, strings and the lengths of containers are held to those of the examples, and parameters that are
+        left out to their defaults: with any of these it does not hold.
+        """
+        channels = all(re.fullmatch(r".*\.size\(1\) == \d+", text) for text in holds)
+        tensors = all(p.leaf and isinstance(p.value, Tensor) for p in given)
+        return channels and tensors and not any(self._left_out({p.name for p in given}))
+
+    def _placeholders(self, given: Collection[str]) -> dict[str, Node]:
+        made = {}
+        left_out = dict(self._left_out(given))
+        for name, parameter in inspect.signature(self.model.forward).parameters.items():
+            default = parameter.default if isinstance(parameter.default, _PLAIN) else inspect.Parameter.empty
+            star = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else ""
+            if name in given or name in left_out:
+                made[name] = self.graph.placeholder(star + name, default_value=default)
+        return made
+
+    def _left_out(self, given: Collection[str]) -> Iterator[tuple[str, inspect.Parameter]]:
+        for name, parameter in inspect.signature(self.model.forward).parameters.items():
+            if name not in given and isinstance(parameter.default, _PLAIN):
+                yield name, parameter
+
+    def copy(self, node: Node) -> None:
+        """One operation, on the values of the new graph."""
+        name = plain(node.target)
+        if isinstance(node.target, HigherOrderOperator) or name in _MODES:
+            does = _MODES.get(name, f"uses {name}")
+            raise CaptureError(f"the forward {does}, which a graph cannot hold{_line(node)}")
+        if name == "_has_compatible_shallow_copy_type":  # all that torch.export notes of the assignment
+            raise CaptureError(f"the forward assigns to .data of a tensor, which a graph cannot hold{_line(node)}")
+        if name == "_assert_tensor_metadata":
+            return  # dtypes follow from those of the inputs, which are checked
+        if name == "detach_" and isinstance(made := node.args[0], Node) and plain(made.target) == "lift_fresh_copy":
+            self.nodes[node] = self.nodes[made]  # a number or list made a tensor, which has no gradient yet
+            return
+        new = self.graph.node_copy(node, self._value)
+        new.type, new.meta = None, {k: node.meta[k] for k in _KEPT if k in node.meta}
+        self._know(new, node)
+        self.nodes[node] = new
+
+    def output(self, node: Node) -> None:
+        leaves = iter([self._value(v) if isinstance(v, Node) else v for v in pytree.tree_leaves(node.args[0])])
+        self.graph.output(self._nested(self.program.call_spec.out_spec, leaves))
+
+    def _nested(self, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+        """The structure of `spec` around values of the graph."""
+        if spec.is_leaf():
+            return next(leaves)
+        parts = [self._nested(child, leaves) for child in spec.children()]
+        if spec.type in (tuple, list):
+            return spec.type(parts)
+        if spec.type is dict:
+            return dict(zip(spec.context, parts, strict=True))
+        if spec.type is namedtuple:
+            return spec.context(*parts)
+        if spec.type is OrderedDict:
+            pairs = list(zip(spec.context, parts, strict=True))
+            made = self.graph.call_function(OrderedDict, (pairs,))
+            made.meta["is_wrapped"] = True  # so that torch.fx can trace it again, when the graph is unpickled
+            return made
+        kind = getattr(spec.type, "__name__", spec.type)
+        raise CaptureError(f"the forward returns a {kind}; return tensors, or a tuple, list or dict of them")
+
+    def _value(self, node: Node) -> Any:
+        if node.op != "get_attr":
+            return self.nodes[node]
+        path = self._path(str(node.target))
+        if path not in self.state:
+            self.state[path] = self.graph.get_attr(path)
+            self._know(self.state[path], node)
+        return self.state[path]
+
+    def _path(self, target: str) -> str:
+        """Where the model holds a tensor of the program; a name of its own for one that only the program has."""
+        tensor: Any = self.source
+        for name in target.split("."):
+            tensor = getattr(tensor, name)
+        if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor):
+            raise CaptureError(f"the forward uses {target}, a {type(tensor).__name__} that a graph cannot hold")
+        if id(tensor) in self.paths:
+            return self.paths[id(tensor)]
+        if tensor_at(self.model, target) is tensor:
+            return target
+        name = target.replace(".", "_")
+        while hasattr(self.model, name) or self.constants.get(name, tensor) is not tensor:
+            name += "_"
+        self.constants[name] = tensor
+        return name
+
+    def _know(self, new: Node, node: Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            varies = node.meta.get(VARIES, ())
+            sizes = tuple(None if dim in varies else number(size) for dim, size in enumerate(value.shape))
+            new.meta[KNOWN] = (sizes, value.dtype)
+
+
+def _index(key: Any) -> Any:
+    return key.idx if isinstance(key, pytree.SequenceKey) else key.key
+
+
+def _line(node: Node) -> str:
+    trace = str(node.meta.get("stack_trace", "")).strip().splitlines()
+    place = [line.strip() for line in trace if line.strip().startswith("File ")]
+    return f" ({place[-1]})" if place else ""

@@ -1,0 +1,147 @@
+"""Capture by torch.export: what torch.fx cannot trace, as one graph of ATen operators.
+
+torch.export runs the forward on fake tensors with symbolic sizes and takes the branches that the
+example inputs take. Nothing of that run stays with the model: it is put back as it was, or the
+capture is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import partial
+from io import StringIO
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxfuse.capture.example_shapes import run_copy
+from fxfuse.capture.export.any_batch import for_any_batch
+from fxfuse.capture.export.arguments import parts
+from fxfuse.capture.export.graph import rebuild
+from fxfuse.capture.guards import attributes, restored
+from fxfuse.capture.symbolic import REMEDY, Captured, _where
+from fxfuse.capture.tracer import HOOKS, has_hooks
+from fxfuse.refusal import CaptureError
+
+# How many dims of an input are left open, most first: what a model cannot leave open is tried narrower.
+_OPEN = (None, 1, 0)
+_TERMS = 40
+
+
+def export(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
+    """The graph of `model` for inputs of the kinds and ranks of `inputs`, and of all sizes it does the same for.
+
+    Raises:
+        CaptureError: torch.export fails; the message names the line that stopped it.
+        ValueError: the model does not run on the inputs.
+    """
+    try:
+        parts(model, inputs)
+    except TypeError as error:
+        raise ValueError(f"{type(model).__name__} does not run on example_inputs: {error}") from error
+    for path, module in model.named_modules():
+        if module is not model and has_hooks(module):
+            raise CaptureError(f"{path} has hooks, which torch.export would run once and forget; remove them first")
+    last: Exception | None = None
+    for dims in _OPEN:
+        program = partial(_program, model, dims=dims)
+        try:
+            return rebuild(model, inputs, *for_any_batch(model, inputs, program))
+        except Exception as error:  # what a forward raises on fake tensors can be anything
+            last = error
+            if isinstance(error, CaptureError):  # which no other sizes would help
+                break
+    if not isinstance(last, CaptureError):
+        with restored(model):
+            run_copy(model, inputs)  # or is it the inputs that do not fit?
+    assert last is not None
+    raise CaptureError(f"{type(model).__name__} cannot be exported{_where(last)}; {REMEDY}") from last
+
+
+def _program(model: nn.Module, inputs: tuple[Any, ...], dims: int | None) -> Any:
+    """The ExportedProgram of `model`, which is as it was afterwards; the first `dims` of each input are left open."""
+
+    def sizes(value: Any) -> Any:
+        return dict.fromkeys(range(value.dim())[:dims], torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
+
+    given = inspect.signature(model.forward).bind(*inputs).arguments
+    shapes, own = pytree.tree_map(sizes, dict(given)), pytree.tree_map_only(Tensor, _own, inputs)
+    with ExitStack() as stack:
+        for context in (_quiet(), _unchanged(model), torch.enable_grad(), _sizes_of_one(), _PlainSizes()):
+            stack.enter_context(context)
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        return torch.export.export(model, own, dynamic_shapes=shapes, strict=False)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy: torch.export takes one tensor given twice for one input."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export logs and prints of an attempt that fails, and warnings that the model gives."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _PlainSizes(TorchFunctionMode):
+    """Gives up on sizes that grow out of hand.
+
+    Padding to a multiple, layer after layer, triples the expression for a size each time, and torch.export then
+    takes minutes to compare two. Sizes behind plain convolutions, pools and windows stay far below the limit.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes: tuple[Any, ...] = tuple(result.shape) if isinstance(result, Tensor) else ()
+        for size in sizes:
+            terms = [] if isinstance(size, int) else [size.node.expr]
+            for term in terms:
+                terms.extend(term.args)
+                if len(terms) > _TERMS:
+                    raise OverflowError("the size of a tensor is too intricate an expression in the inputs' sizes")
+        return result
+
+
+@contextmanager
+def _sizes_of_one() -> Iterator[None]:
+    """A size of 1 is one like any other.
+
+    Else no other size would do where the examples have it, and where they have not, torch.export would answer
+    `if len(x) == 1` without noting that it was asked. Fake writes ask so too, to see whether a tensor overlaps itself;
+    real ones ask again.
+    """
+    unknown = 2  # MemOverlap::TooHard
+    settings: Any = _config
+    config = settings.patch(backed_size_oblivious=True)
+    with config, patch.object(torch, "_debug_has_internal_overlap", lambda tensor: unknown):
+        yield
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """The model put back as it was; raises where its forward changes more of it than buffers."""
+    with restored(model) as changed, attributes(model, buffers=True):
+        for name in HOOKS:  # those of the model itself stay around the graph, and must not be in it too
+            model.__dict__[name] = OrderedDict()
+        yield
+    if changed:
+        raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")

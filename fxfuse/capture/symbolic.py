@@ -1,0 +1,185 @@
+"""Capture: any traceable module becomes one torch.fx graph, and the module stays as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from fxfuse.algebra.constants import Apply, Attr
+from fxfuse.capture.guards import guarded
+from fxfuse.capture.tracer import CHECKED
+from fxfuse.capture.tracer import HOOKS as HOOKS
+from fxfuse.capture.tracer import FuseTracer as FuseTracer
+from fxfuse.refusal import CaptureError, Refusal
+
+_LIBRARIES = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    contextlib.__file__,
+    "<",
+)
+REMEDY = (
+    "optimize the submodules around that line one by one, or make the line independent of its input's data and size"
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph, the module it reads its state from, and tensors that only the trace knows.
+
+    `general` tells that the graph holds for every batch and size the model takes.
+    `held` are constants whose values the graph was changed by, with these: it holds for no others.
+    `whole` are the submodules that stay one call each, by path, with what kept them from being traced.
+    """
+
+    graph: Graph
+    root: nn.Module
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    how: str = "symbolic"
+    general: bool = True
+    whole: Mapping[str, str] = field(default_factory=dict)
+    held: dict[Attr | Apply, tuple[int, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module of the root by each of its paths."""
+        return dict(self.root.named_modules(remove_duplicate=False))
+
+    def requires_grad(self, attr: Attr) -> bool:
+        """Whether a tensor of the root is trained; one that only the trace knows is not."""
+        if attr.path in self.constants:
+            return False
+        owner, _, name = attr.path.rpartition(".")
+        return bool(getattr(self.root.get_submodule(owner), name).requires_grad)
+
+
+def capture(
+    model: nn.Module, inputs: tuple[Any, ...] | None = None, *, given: int | None = None, nested: bool = False
+) -> Captured:
+    """Trace `model` with torch.fx; a submodule that does not trace stays whole.
+
+    Parameters of the forward with a default are taken to have it, unless `inputs` set them or the graph
+    is the same for every value; the graph checks that when it runs. With `nested` the module may be called
+    in any way: unless the calls are known to give `given` arguments and no more, its graph has to be the
+    same for every value.
+
+    Raises:
+        CaptureError: the model itself does not trace; the message names the line that stopped it.
+    """
+    _refuse_more_than_forward(model)
+    known = not nested or given is not None
+    given = _given(inputs) if given is None else given
+    error: Exception | None = None
+    for proxy_buffers in (True, False):
+        try:
+            fixed = _trace(model, FuseTracer(proxy_buffers, given))
+        except Exception as e:  # what a forward raises on proxies can be anything
+            error = error or e
+            continue
+        names = {str(n.target) for n in fixed.graph.nodes if n.op == "placeholder" and CHECKED in n.meta}
+        general = _general(model, fixed, proxy_buffers, names) if names else fixed
+        if general is None and not known:
+            text = f"its graph depends on {', '.join(sorted(names))}, which the call may set"
+            raise CaptureError(f"{type(model).__name__} cannot be traced: {text}", text)
+        return general or fixed
+    assert error is not None
+    place = _where(error)
+    text = f"{type(model).__name__} cannot be traced{place}; {REMEDY}"
+    raise CaptureError(text, place.removeprefix(" at ").lstrip(": ")) from error
+
+
+def _given(inputs: tuple[Any, ...] | None) -> int:
+    """How many leading arguments example inputs set, those after the last tensor left out."""
+    given = len(inputs or ())
+    while given and not isinstance((inputs or ())[given - 1], Tensor):
+        given -= 1
+    return given
+
+
+def _general(model: nn.Module, fixed: Captured, proxy_buffers: bool, names: set[str]) -> Captured | None:
+    """The graph with the parameters `names` open, where that changes nothing in it."""
+    try:
+        general = _trace(model, FuseTracer(proxy_buffers))
+    except Exception:  # it traces with its defaults alone
+        return None
+    same = _signature(general.graph, names) == _signature(fixed.graph, names)
+    return general if same else None
+
+
+def stays(path: str, place: str) -> Refusal:
+    """What the report says of a module whose forward stays Python; `place` is the line that stopped the trace."""
+    return Refusal(
+        "the module stays Python: its forward cannot be traced",
+        where=path,
+        detail=place,
+        remedy="make its forward independent of its input's data and size, and free of side effects",
+    )
+
+
+def unusable(model: nn.Module) -> None:
+    """Raises CaptureError for a model that no way of capturing can do anything about yet."""
+    name = type(model).__name__
+    if model.__dict__.get("_compiled_call_impl") is not None:
+        raise CaptureError(f"{name} was compiled in place; optimize it before calling .compile()")
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise CaptureError(f"{name} has lazy parameters that no input has shaped yet; run it once first")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise CaptureError('the model was compiled; optimize it before torch.compile, or use backend="fxfuse"')
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise CaptureError("a global module hook is registered, which fused layers would skip; remove it first")
+
+
+def _refuse_more_than_forward(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(f"{name} is a scripted module, which has no forward in Python; optimize it before scripting")
+    if "forward" in model.__dict__:
+        raise CaptureError(
+            f"{name} has a forward set on the instance, which tracing would ignore; define it on the class"
+        )
+    calls = type(model)._call_impl is not nn.Module._call_impl
+    if calls or not (type(model).__call__ is nn.Module.__call__ or isinstance(model, GraphModule)):
+        raise CaptureError(f"{name} has a __call__ of its own, which tracing would ignore; put it into forward")
+
+
+def _trace(model: nn.Module, tracer: FuseTracer) -> Captured:
+    with guarded(model) as created:
+        graph = tracer.trace(model)
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # an unresolved annotation, which could not be pickled
+            node.type = None
+    tensors = {n: t for n, t in created.items() if isinstance(t, Tensor)}
+    called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    whole = {p: _where(e).removeprefix(" at ").lstrip(": ") for p, e in tracer.whole.items() if p in called}
+    return Captured(graph, model, tensors, whole=whole)
+
+
+def _signature(graph: Graph, names: set[str]) -> list[Any]:
+    """What a graph computes when the parameters `names` have their defaults, for comparison."""
+    seen: dict[Node, Any] = {}
+    found: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target in names:
+            seen[node] = node.args[0]
+        elif CHECKED not in node.meta:
+            args = torch.fx.map_arg((node.args, node.kwargs), lambda n: seen[n])
+            found.append((node.op, str(node.target), repr(args)))
+            seen[node] = f"%{len(found)}"
+    return found
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the user's own code and what it raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
+    text = str(error).strip().splitlines()
+    return f"{place}: {(text[0] if text else type(error).__name__).rstrip('.')}"

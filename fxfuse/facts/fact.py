@@ -1,0 +1,101 @@
+"""A fact: what is certain about the shape and dtype of one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxfuse.algebra.constants import Apply, Attr
+
+
+@dataclass(slots=True)
+class Fact:
+    """Bounds on the rank, and the size of axes counted from the end where it is known.
+
+    `sure` are the bounds and axes that hold for every input; `low`, `high` and `axes` may come from examples.
+    """
+
+    low: int = 0
+    high: int = 99
+    axes: dict[int, int] = field(default_factory=dict)
+    sure: Fact | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def rank(self) -> int | None:
+        return self.low if self.low == self.high else None
+
+    @property
+    def likely(self) -> int | None:
+        """The rank, or the one with a batch dim where that alone is open: whoever relies on it is guarded."""
+        return self.high if self.low == self.high or (self.high == self.low + 1 and self.high >= 4) else None
+
+    @property
+    def taken(self) -> int | None:
+        """The rank where examples alone settle it, which other inputs need not have."""
+        return self.rank if self.sure is not None and self.sure.rank is None else None
+
+    @property
+    def sure_low(self) -> int:
+        return self.low if self.sure is None else self.sure.low
+
+    def channels(self, spatial: int) -> int | None:
+        """Size of the channel axis before `spatial` dims, where every input has the same."""
+        return (self.sure or self).axes.get(-spatial - 1)
+
+    def at_least(self, low: int) -> None:
+        self.low = max(self.low, low)
+
+    def at_most(self, high: int) -> None:
+        self.high = min(self.high, high)
+
+    def axis(self, dim: Any) -> int | None:
+        """`dim` counted from the end, or None where the rank does not say."""
+        if not isinstance(dim, int):
+            return None
+        if dim < 0:
+            return dim
+        return dim - self.rank if self.rank is not None else None
+
+
+KNOWN = "fxfuse_known"  # in the meta of a node: its sizes, None where they vary, and its dtype, for every input
+
+
+def known(node: Node) -> Fact:
+    """What the capture itself is certain of; nothing unless it says so."""
+    if KNOWN not in node.meta:
+        return Fact()
+    sizes = node.meta[KNOWN][0]
+    return Fact(len(sizes), len(sizes), {i - len(sizes): n for i, n in enumerate(sizes) if n is not None})
+
+
+def known_dtype(node: Node) -> torch.dtype | None:
+    dtype: torch.dtype | None = node.meta.get(KNOWN, (None, None))[1]
+    return dtype
+
+
+def same_rank(a: Fact, b: Fact) -> None:
+    a.low = b.low = max(a.low, b.low)
+    a.high = b.high = min(a.high, b.high)
+
+
+def same_shape(a: Fact, b: Fact) -> None:
+    same_rank(a, b)
+    if a.axes != b.axes:
+        a.axes.update(b.axes)
+        b.axes.update(a.axes)
+
+
+def of_shape(shape: tuple[int, ...]) -> Fact:
+    return Fact(len(shape), len(shape), {i - len(shape): int(n) for i, n in enumerate(shape)})
+
+
+def fact_of(value: Any, facts: Mapping[Node, Fact]) -> Fact | None:
+    """The fact of an argument: a node's, a constant's; None for a number."""
+    if isinstance(value, Node):
+        return facts[value]
+    return of_shape(value.shape) if isinstance(value, (Attr, Apply)) else None

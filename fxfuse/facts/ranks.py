@@ -1,0 +1,350 @@
+"""How operations without weights relate the ranks and sizes of what they read and give.
+
+Every relation holds for each input that the operation accepts, and works both ways: `x.mean((2, 3))` has two
+dims fewer than x, and x two more than it. What would depend on a size or a rank that is not known says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from fxfuse.facts.fact import Fact, fact_of, same_rank, same_shape
+from fxfuse.ops.call import Call
+from fxfuse.ops.movement import ints_of
+
+Facts = Mapping[Node, Fact]
+
+
+def relate(call: Call, out: Fact, facts: Facts) -> None:
+    """Let the facts of the inputs and of the output of a `shaping` call learn from each other."""
+    if call.op in _OF_SEVERAL:
+        _OF_SEVERAL[call.op](call, out, facts)
+    elif call.op in _OF_ONE and isinstance(source := call.args["input"], Node):
+        _OF_ONE[call.op](call, facts[source], out)
+    if call.op in ("reshape", "expand", "repeat"):
+        _counted(call, out, facts)
+
+
+def relate_index(index: Any, x: Fact, out: Fact) -> None:
+    """`x[2]`, `x[:, None]`, `x[..., 0]`: each number takes a dim, each None gives one."""
+    items = index if isinstance(index, tuple) else (index,)
+    numbers = sum(isinstance(i, int) and not isinstance(i, bool) for i in items)
+    taken = numbers + sum(isinstance(i, slice) for i in items)
+    if x.low < 1 or len(items) != taken + sum(i is None or i is Ellipsis for i in items):
+        return  # perhaps no tensor at all, or indexed by one
+    x.at_least(taken)
+    offset(x, out, sum(i is None for i in items) - numbers)
+
+
+def offset(x: Fact, out: Fact, more: int) -> None:
+    """`out` has `more` dims than `x`."""
+    out.at_least(x.low + more)
+    out.at_most(x.high + more)
+    x.at_least(out.low - more)
+    x.at_most(out.high - more)
+
+
+def _link(x: Fact, out: Fact, axes: Mapping[int, int]) -> None:
+    """Axis o of `out` has the size of axis i of `x`, for each o: i."""
+    for o, i in axes.items():
+        size = x.axes.get(i, out.axes.get(o))
+        if size is not None:
+            x.axes[i] = out.axes[o] = size
+
+
+def _known(x: Fact, out: Fact) -> range:
+    """Axes from the end, as many as anything is known of."""
+    return range(min([*x.axes, *out.axes, 0]), 0)
+
+
+def _same(call: Call, x: Fact, out: Fact) -> None:
+    same_shape(x, out)
+
+
+def _layer_norm(call: Call, x: Fact, out: Fact) -> None:
+    same_shape(x, out)
+    sizes = ints_of(call.args["normalized_shape"])
+    if sizes is not None:
+        x.at_least(len(sizes))
+        out.at_least(len(sizes))
+        for fact in (x, out):
+            fact.axes.update({i - len(sizes): n for i, n in enumerate(sizes)})
+
+
+def _flatten(call: Call, x: Fact, out: Fact) -> None:
+    start, end = call.args["start_dim"], call.args["end_dim"]
+    if not isinstance(start, int) or not isinstance(end, int):
+        return
+    if start >= 0 > end:  # whatever the rank
+        rank = start - end
+        out.at_least(rank)
+        out.at_most(rank)
+        x.at_least(rank if (start, end) != (0, -1) else 0)
+    elif (start < 0) == (end < 0):
+        x.at_least(max(start, end) + 1 if start >= 0 else -start)
+        if start == end:
+            same_shape(x, out)
+            return
+        offset(x, out, start - end)
+    first, last = x.axis(start), x.axis(end)
+    if last is not None:
+        _link(x, out, {a: a for a in range(last + 1, 0)})
+    if first is None or last is None:
+        return
+    sizes = [x.axes.get(a) for a in range(first, last + 1)]
+    if all(s is not None for s in sizes):
+        size = 1
+        for s in sizes:
+            size *= s or 0
+        out.axes[last] = size
+    if x.rank is not None:
+        _link(x, out, {a + last - first: a for a in range(-x.rank, first)})
+
+
+def _unflatten(call: Call, x: Fact, out: Fact) -> None:
+    dim, sizes = call.args["dim"], call.args["sizes"]
+    if not isinstance(dim, int) or not isinstance(sizes, (tuple, list)):
+        return
+    x.at_least(1)
+    offset(x, out, len(sizes) - 1)
+    axis = x.axis(dim)
+    if axis is not None:
+        _link(x, out, {a: a for a in range(axis + 1, 0)})
+        known = {axis + 1 - len(sizes) + i: n for i, n in enumerate(sizes) if isinstance(n, int) and n >= 0}
+        out.axes.update(known)
+
+
+def _permute(call: Call, x: Fact, out: Fact) -> None:
+    order = call.args["sizes"]
+    if not isinstance(order, (tuple, list)):
+        return
+    for fact in (x, out):
+        fact.at_least(len(order))
+        fact.at_most(len(order))
+    if (dims := ints_of(order)) is not None:
+        _link(x, out, {o - len(dims): i if i < 0 else i - len(dims) for o, i in enumerate(dims)})
+
+
+def _transpose(call: Call, x: Fact, out: Fact) -> None:
+    dims = ints_of([call.args[n] for n in ("dim0", "dim1")])
+    if dims is not None and set(dims) - {0, -1}:  # a number may be transposed along those
+        x.at_least(_needed(dims))
+    same_rank(x, out)
+    pair = tuple(x.axis(call.args[n]) for n in ("dim0", "dim1"))
+    if None not in pair:
+        swapped = dict(zip(pair, pair[::-1], strict=True))
+        _link(x, out, {a: swapped.get(a, a) or a for a in {*_known(x, out), *(p for p in pair if p)}})
+
+
+def _reduce(call: Call, x: Fact, out: Fact) -> None:
+    dim, keep = call.args["dim"], call.args["keepdim"]
+    dims = ints_of(dim)
+    if not isinstance(keep, bool) or (dim is not None and not dims):
+        return
+    if dims is None:
+        if keep:
+            same_rank(x, out)
+        else:
+            out.at_most(0)
+        return
+    x.at_least(_needed(dims) if len(dims) > 1 or dims[0] not in (0, -1) else 0)
+    if keep:
+        same_rank(x, out)
+    elif x.low or out.low:  # a number may be reduced along dim 0 and stays a number
+        offset(x, out, -len(dims))
+    else:
+        return
+    reduced = {a for d in dims if (a := x.axis(d)) is not None}
+    if len(reduced) < len(dims):
+        return
+    left = [a for a in _known(x, out) if a not in reduced]
+    if keep:
+        _link(x, out, {a: a for a in left})
+        out.axes.update(dict.fromkeys(reduced, 1))
+    else:
+        _link(x, out, {a + sum(r > a for r in reduced): a for a in left})
+
+
+def _needed(dims: tuple[int, ...]) -> int:
+    """How many dims a tensor has at least that has these different ones."""
+    return max(len(dims), *(d + 1 if d >= 0 else -d for d in dims))
+
+
+def _unsqueeze(call: Call, x: Fact, out: Fact) -> None:
+    offset(x, out, 1)
+    axis = out.axis(call.args["dim"])
+    if axis is not None:
+        _link(x, out, {a if a > axis else a - 1: a for a in _known(x, out) if a - 1 != axis or a > axis})
+        out.axes[axis] = 1
+
+
+def _squeeze(call: Call, x: Fact, out: Fact) -> None:
+    dims = ints_of(call.args["dim"])
+    out.at_most(x.high)
+    x.at_least(out.low)
+    if dims is None:
+        return
+    out.at_least(x.low - len(dims))
+    axes = [x.axis(d) for d in dims]
+    sizes = [None if a is None else x.axes.get(a) for a in axes]
+    if None in sizes:
+        return
+    gone = {a for a, n in zip(axes, sizes, strict=True) if n == 1 and a is not None}
+    x.at_least(-min(gone, default=0))
+    offset(x, out, -len(gone))
+    _link(x, out, {a + sum(g > a for g in gone): a for a in _known(x, out) if a not in gone})
+
+
+def _adaptive(call: Call, x: Fact, out: Fact) -> None:
+    spatial, size = call.spatial or 0, call.args["output_size"]
+    sizes = (size,) * spatial if isinstance(size, int) else size
+    mean = spatial > 1 and sizes in ((1,) * spatial, [1] * spatial)  # then PyTorch takes any rank
+    x.at_least(spatial + 1 - mean)
+    x.at_most(99 if mean or not isinstance(sizes, (tuple, list)) else spatial + 2)
+    same_rank(x, out)
+    _link(x, out, {-spatial - 1: -spatial - 1})
+    if isinstance(sizes, (tuple, list)) and len(sizes) == spatial:
+        out.axes.update({i - spatial: n for i, n in enumerate(sizes) if isinstance(n, int)})
+
+
+def _interpolate(call: Call, x: Fact, out: Fact) -> None:
+    x.at_least(3)
+    x.at_most(5)
+    same_rank(x, out)
+    if x.rank is not None:
+        _link(x, out, {a: a for a in (-x.rank, 1 - x.rank)})
+
+
+def _select(call: Call, x: Fact, out: Fact) -> None:
+    x.at_least(1)
+    offset(x, out, -1)
+
+
+def _expand(call: Call, x: Fact, out: Fact) -> None:
+    x.at_most(out.high)
+
+
+_OF_ONE: dict[str, Callable[[Call, Fact, Fact], None]] = {
+    "same": _same,
+    "cast": _same,
+    "layer_norm": _layer_norm,
+    "flatten": _flatten,
+    "unflatten": _unflatten,
+    "permute": _permute,
+    "transpose": _transpose,
+    "average": _reduce,
+    "reduce": _reduce,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "adaptive_avg_pool": _adaptive,
+    "interpolate": _interpolate,
+    "select": _select,
+    "expand": _expand,
+    "repeat": _expand,
+}
+
+
+def _counted(call: Call, out: Fact, facts: Facts) -> None:
+    """`x.view(b, -1, 8)` has as many dims as it is given sizes, and those sizes."""
+    sizes = call.args["sizes"]
+    if isinstance(sizes, Node):
+        tensor = _shape_of(sizes)
+        if tensor is not None and call.op == "reshape":
+            same_shape(facts[tensor], out)
+        return
+    if not isinstance(sizes, (tuple, list)) or not all(isinstance(s, (int, Node)) for s in sizes):
+        return
+    if len(sizes) == 1 and isinstance(sizes[0], Node):  # one size, or a whole shape
+        return
+    out.at_least(len(sizes))
+    out.at_most(len(sizes))
+    if call.op != "repeat":
+        out.axes.update({i - len(sizes): n for i, n in enumerate(sizes) if isinstance(n, int) and n >= 0})
+
+
+def _shape_of(node: Node) -> Node | None:
+    """The tensor whose whole shape `node` is."""
+    asks = node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
+    asks |= node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+    tensor = node.args[0] if asks else None
+    return tensor if isinstance(tensor, Node) else None
+
+
+def _like(call: Call, out: Fact, facts: Facts) -> None:
+    other = fact_of(call.args["other"], facts)
+    if other is not None:
+        same_shape(other, out)
+
+
+def _matmul(call: Call, out: Fact, facts: Facts) -> None:
+    a, b = (fact_of(call.args[n], facts) for n in ("input", "other"))
+    if a is None or b is None or a.low < 2 or b.low < 2:
+        return
+    _widest(out, [a, b])
+    _link(a, out, {-2: -2})
+    _link(b, out, {-1: -1})
+
+
+def _bmm(call: Call, out: Fact, facts: Facts) -> None:
+    for fact in (fact_of(call.args["input"], facts), fact_of(call.args["other"], facts), out):
+        if fact is not None:
+            fact.at_least(3)
+            fact.at_most(3)
+    _matmul(call, out, facts)
+
+
+def _attention(call: Call, out: Fact, facts: Facts) -> None:
+    parts = [fact_of(call.args[n], facts) for n in ("input", "key", "value")]
+    known = [f for f in parts if f is not None]
+    if len(known) < 3:
+        return
+    for fact in known:
+        fact.at_least(2)
+    _widest(out, known)
+    _link(known[0], out, {-2: -2})
+    _link(known[2], out, {-1: -1})
+
+
+def _where(call: Call, out: Fact, facts: Facts) -> None:
+    known = [f for n in ("condition", "input", "other") if (f := fact_of(call.args[n], facts)) is not None]
+    if known:
+        _widest(out, known)
+
+
+def _widest(out: Fact, parts: list[Fact]) -> None:
+    """Parts that broadcast: the result has as many dims as the one that has most."""
+    out.at_least(max(f.low for f in parts))
+    out.at_most(max(f.high for f in parts))
+    for fact in parts:
+        fact.at_most(out.high)
+
+
+def _stack(call: Call, out: Fact, facts: Facts) -> None:
+    tensors = call.args["tensors"]
+    for tensor in tensors if isinstance(tensors, (tuple, list)) else ():
+        if isinstance(tensor, Node):
+            offset(facts[tensor], out, 1)
+
+
+def _embedding(call: Call, out: Fact, facts: Facts) -> None:
+    index, weight = call.args["index"], fact_of(call.args.get("weight"), facts)
+    if isinstance(index, Node):
+        offset(facts[index], out, 1)
+    width = call.args.get("width") if weight is None else weight.axes.get(-1)
+    if isinstance(width, int):
+        out.axes[-1] = width
+
+
+_OF_SEVERAL: dict[str, Callable[[Call, Fact, Facts], None]] = {
+    "like": _like,
+    "expand_like": _like,
+    "matmul": _matmul,
+    "bmm": _bmm,
+    "attention": _attention,
+    "where": _where,
+    "stack": _stack,
+    "embedding": _embedding,
+}

@@ -1,0 +1,191 @@
+"""ATen operators, as torch.export and decompositions spell them, read into canonical calls.
+
+Arguments are bound by each operator's own schema, so a table of names is all that most need. A
+slice that is written to (`x[:, :, 0:1] = v` is `slice`, `slice`, `copy_`) reads as the assignment
+it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from fxfuse.names import is_aten, plain
+from fxfuse.ops.call import Call
+from fxfuse.ops.modules import TYPES
+from fxfuse.ops.schema import bound
+
+END = 2**63 - 1  # how a slice without an end is written
+
+# operator: canonical name and, where the name fixes them, the spatial dims
+OPERATORS: dict[str, tuple[str, int | None]] = {
+    **{f"conv{d}d": ("conv", d) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": ("conv_transpose", d) for d in (1, 2, 3)},
+    **{f"avg_pool{d}d": ("avg_pool", d) for d in (1, 2, 3)},
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), ("dropout", None)),
+    **dict.fromkeys(("cat", "concat", "concatenate"), ("cat", None)),
+    **dict.fromkeys(("neg", "negative"), ("neg", None)),
+    **dict.fromkeys(("sub", "subtract"), ("sub", None)),
+    **dict.fromkeys(("mul", "multiply"), ("mul", None)),
+    **dict.fromkeys(("div", "divide", "true_divide"), ("div", None)),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), ("channel_shuffle", None)),
+    **dict.fromkeys(("split", "split_with_sizes"), ("split", None)),
+    **{n: (n, None) for n in ("add", "batch_norm", "pad", "chunk", "narrow", "flip", "index_select")},
+    **dict.fromkeys(("mm", "matmul"), ("mm", None)),
+    "linear": ("linear", 0),
+    "alias": ("identity", None),
+    "_native_batch_norm_legit_no_training": ("batch_norm_outputs", None),
+}
+_RENAMED = {"self": "input", "mat2": "other", "train": "training", "split_sizes": "split_size"}
+_MODES = {"reflection": "reflect", "replication": "replicate"}
+_PADS = {f"{name}_pad{d}d": mode for d in (1, 2, 3) for name, mode in _MODES.items()}
+
+
+def read(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
+    """The canonical call behind an ATen operator, or None for what fxfuse has no name for."""
+    values = bound(node)
+    if values is None:
+        return None
+    name, args = plain(node.target), {_RENAMED.get(k, k): v for k, v in values.items()}
+    if name in ("copy_", "fill_"):
+        return _assignment(node, args)
+    inplace = name.endswith("_") and not name.endswith("__")
+    path, name = layer_path(node, modules), name.rstrip("_") if inplace else name
+    if name in OPERATORS:
+        op, spatial = OPERATORS[name]
+        return Call(op, args, spatial, path, inplace)
+    special = _SPECIAL.get(name)
+    call = special(args) if special else None
+    if name in _PADS:
+        call = Call("pad", {"input": args["input"], "pad": args["padding"], "mode": _PADS[name], "value": None})
+    return None if call is None else Call(call.op, call.args, call.spatial, path, inplace)
+
+
+def read_output(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
+    """`getitem(batch_norm_outputs, 0)`: the batch norm itself."""
+    source, index = node.args[:2]
+    if isinstance(source, Node) and is_aten(source) and index == 0:
+        outputs = read(source, modules)
+        if outputs is not None and outputs.op == "batch_norm_outputs":
+            return Call("batch_norm", outputs.args | {"training": False}, path=outputs.path)
+    return None
+
+
+def layer_path(node: Node, modules: Mapping[str, nn.Module]) -> str:
+    """The layer of torch.nn whose forward made this node, as its `nn_module_stack` tells; "" if none did."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path if isinstance(modules.get(path), TYPES) else ""
+
+
+def views(node: Any) -> list[Node]:
+    """The slices between what an assignment writes to and the whole tensor, the last one first."""
+    found = []
+    while isinstance(node, Node) and is_aten(node) and plain(node.target) in ("slice", "alias"):
+        found.append(node)
+        node = node.args[0]
+    return found
+
+
+def whole_slice(node: Node) -> bool:
+    """Whether an ATen operator is a slice of everything, which is the tensor itself."""
+    values = bound(node) if plain(node.target) == "slice" else None
+    return values is not None and _cut(values) == slice(None)
+
+
+def _assignment(node: Node, args: dict[str, Any]) -> Call | None:
+    """`copy_` or `fill_` of slices of a tensor as `tensor[index] = value`."""
+    cuts: dict[int, slice] = {}
+    chain = views(args["input"])
+    for view in chain:
+        values = bound(view) if plain(view.target) == "slice" else None
+        cut = None if values is None else _cut(values)
+        if values is None or cut == slice(None):
+            continue
+        if cut is None or not isinstance(values["dim"], int) or values["dim"] < 0 or values["dim"] in cuts:
+            return None
+        cuts[values["dim"]] = cut
+    if not cuts or node.users:
+        return None
+    index = tuple(cuts.get(d, slice(None)) for d in range(max(cuts) + 1))
+    value = args.get("value", args.get("src"))
+    while isinstance(value, Node) and is_aten(value) and plain(value.target) in ("expand", "expand_as"):
+        value = value.args[0]  # a copy broadcasts by itself
+    return Call("setitem", {"input": chain[-1].args[0], "index": index, "value": value}, inplace=True)
+
+
+def _cut(args: Mapping[str, Any]) -> slice | None:
+    """The Python slice of an `aten.slice`; None where a bound is only known when the model runs."""
+    bounds = (args["start"], args["end"], args["step"])
+    if not all(b is None or isinstance(b, int) for b in bounds):
+        return None
+    start, end, step = bounds
+    return slice(start or None, None if end == END else end, None if step == 1 else step)
+
+
+def _slice(args: dict[str, Any]) -> Call | None:
+    """A slice of everything is the tensor; one of the channels selects them."""
+    cut = _cut(args)
+    if cut == slice(None):
+        return Call("identity", {"input": args["input"]})
+    if cut is None or args["dim"] != 1:
+        return None
+    return Call("getitem", {"input": args["input"], "index": (slice(None), cut)})
+
+
+def _flatten(args: dict[str, Any]) -> Call | None:
+    return Call("flatten", args) if isinstance(args.get("start_dim"), int) else None
+
+
+def _convolution(args: dict[str, Any]) -> Call | None:
+    spatial = max(len(args[n]) for n in ("stride", "padding", "dilation"))
+    op = {False: "conv", True: "conv_transpose"}.get(args["transposed"])
+    return None if op is None else Call(op, args, spatial)
+
+
+def _reversed_sub(args: dict[str, Any]) -> Call:
+    return Call("sub", args | {"input": args["other"], "other": args["input"]})
+
+
+def _constant_pad(args: dict[str, Any]) -> Call:
+    return Call("pad", args | {"mode": "constant"})
+
+
+def _addmm(args: dict[str, Any]) -> Call | None:
+    """bias + x @ W.t(), which is what a linear layer is decomposed to."""
+    if (args["beta"], args["alpha"]) != (1, 1):
+        return None
+    return _product({"input": args["mat1"], "other": args["other"]}, args["input"])
+
+
+def _product(args: dict[str, Any], bias: Any = None) -> Call | None:
+    """x @ W.t(), the transpose being seen; whether W is a constant is for the readers of layers to ask."""
+    weight = _untransposed(args["other"])
+    return None if weight is None else Call("linear", {"input": args["input"], "weight": weight, "bias": bias}, 0)
+
+
+def _untransposed(value: Any) -> Node | None:
+    """`w` for `w.t()`, `w.transpose(0, 1)` and `w.permute(1, 0)`; a linear layer takes no `w` but of two dims."""
+    args = bound(value) if isinstance(value, Node) and is_aten(value) else None
+    if args is None or not isinstance(args.get("self"), Node):
+        return None
+    name = plain(value.target)
+    swaps = name == "t" or (name == "permute" and list(args["dims"]) == [1, 0])
+    swaps |= name == "transpose" and {args["dim0"], args["dim1"]} in ({0, 1}, {-2, -1})
+    return args["self"] if swaps else None
+
+
+_SPECIAL = {
+    "slice": _slice,
+    "flatten": _flatten,
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "rsub": _reversed_sub,
+    "constant_pad_nd": _constant_pad,
+    "addmm": _addmm,
+    "mm": _product,
+    "matmul": _product,
+}

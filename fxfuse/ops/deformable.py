@@ -1,0 +1,111 @@
+"""Deformable convolution of torchvision: it is linear in its weight, whatever its taps read.
+
+So a factor and shift a channel after it go to the weight's rows and to the bias. Nothing before it can join it.
+torchvision is imported only where a model has brought it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Graph, Node
+
+from fxfuse.algebra.operator import Operator
+from fxfuse.names import plain
+from fxfuse.ops.call import Call
+from fxfuse.reading.affine import Affine, Facts, data, ints, one_dtype, optional, tensor, unary
+
+NAME = "deform_conv2d"
+_HOME = "torchvision.ops.deform_conv"
+_FUNCTION = "input offset weight bias stride padding dilation mask".split()
+_DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "mask": None}
+_OPERATOR = (
+    "input weight offset mask bias stride_h stride_w pad_h pad_w dilation_h dilation_w groups offset_groups use_mask"
+).split()
+
+
+def is_deformable(module: nn.Module) -> bool:
+    """Whether a module is torchvision's layer, and no subclass of it."""
+    return (type(module).__module__, type(module).__name__) == (_HOME, "DeformConv2d")
+
+
+def read(node: Node) -> Call | None:
+    """The call behind torchvision's function, or behind the operator that torch.compile and torch.export make of it."""
+    if plain(node.target) != NAME:
+        return None
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        if len(node.args) != len(_OPERATOR) or node.kwargs:
+            return None
+        a = dict(zip(_OPERATOR, node.args, strict=True))
+        pairs = {n: (a[f"{s}_h"], a[f"{s}_w"]) for n, s in (("stride", "stride"), ("padding", "pad"))}
+        pairs |= {"dilation": (a["dilation_h"], a["dilation_w"])}
+        mask = a["mask"] if a["use_mask"] is True else None
+        a["bias"] = None if _zeros(a["bias"]) else a["bias"]
+        return Call("deform", {n: a[n] for n in ("input", "offset", "weight", "bias")} | pairs | {"mask": mask}, 2)
+    if getattr(node.target, "__module__", "") != _HOME or len(node.args) > len(_FUNCTION):
+        return None
+    args = _DEFAULTS | dict(zip(_FUNCTION, node.args, strict=False)) | dict(node.kwargs)
+    return Call("deform", args, 2) if set(args) == set(_FUNCTION) else None
+
+
+def _zeros(bias: Any) -> bool:
+    """Whether it is what torchvision puts in place of a bias that there is not."""
+    return isinstance(bias, Node) and plain(bias.target) in ("zeros", "new_zeros") and len(bias.users) == 1
+
+
+def read_module(node: Node, module: Any, path: str, state: dict[str, Any]) -> Call | None:
+    """The call of torchvision's layer; `state` are its weight and bias."""
+    args = {"mask": None} | dict(zip(("input", "offset", "mask"), node.args, strict=False)) | dict(node.kwargs)
+    if set(args) != {"input", "offset", "mask"}:
+        return None
+    fields = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
+    return Call("deform", args | fields | state, 2, path)
+
+
+def lift(call: Call, facts: Facts, node: Node) -> Affine:
+    weight, bias = tensor(call, "weight", 4), optional(call, "bias")
+    padding = ints(call.args["padding"], 2)
+    channels = facts[data(call)].channels(2) or weight.shape[1]
+    op = Operator(
+        kind="warp",
+        law="conv",
+        spatial=2,
+        in_channels=channels,
+        out_channels=weight.shape[0],
+        kernel=weight.shape[2:],
+        stride=ints(call.args["stride"], 2),
+        dilation=ints(call.args["dilation"], 2),
+        padding=tuple((p, p) for p in padding),
+        output_padding=(0, 0),
+        groups=max(channels // max(weight.shape[1], 1), 1),
+        bias=bias is not None,
+        dtype=one_dtype(weight, bias),
+        path=call.path or (weight.path.rpartition(".")[0] if hasattr(weight, "path") else "") or node.name,
+        consts=(("weight", weight), ("bias", bias)),
+    )
+    return unary(call, op)
+
+
+def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Module:
+    """torchvision's layer that executes `op`."""
+    padding = tuple(low for low, _ in op.padding)
+    cls = importlib.import_module(_HOME).DeformConv2d
+    with torch.device("meta"):  # where no random numbers are drawn for weights that are replaced at once
+        built: nn.Module = cls(
+            op.input_width, op.out_channels, op.kernel, op.stride, padding, op.dilation, op.groups, bias is not None
+        )
+    built.weight = nn.Parameter(weight, requires_grad)
+    if bias is not None:
+        built.bias = nn.Parameter(bias, requires_grad)
+    return built.eval()
+
+
+def call_function(graph: Graph, layer: Any, args: tuple[Any, ...], state: list[Node | None]) -> Node:
+    """The layer as a call of torchvision's function on attributes."""
+    x, offset, mask = (*args, None)[:3]
+    geometry = (layer.stride, layer.padding, layer.dilation, mask)
+    return graph.call_function(importlib.import_module(_HOME).deform_conv2d, (x, offset, *state, *geometry))

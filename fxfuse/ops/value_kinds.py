@@ -1,0 +1,153 @@
+"""What kind of value a traced node gives, as far as its operation alone decides it."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node, Proxy
+
+from fxfuse.names import plain
+
+_ASKS_SIZE = {"size", "dim", "ndimension", "numel", "stride", "item", "nelement", "__len__"}
+_ASKS_ONE = _ASKS_SIZE - {"stride", "item"}
+_IS_SIZE = {"shape", "ndim", "nbytes", "itemsize"}
+_SPLITS = {"chunk", "split", "unbind", "tensor_split"}
+_TENSOR_NAMES = set(
+    "conv1d conv2d conv3d conv_transpose2d linear batch_norm layer_norm group_norm relu gelu silu sigmoid tanh softmax "
+    "hardswish hardsigmoid leaky_relu matmul bmm cat stack interpolate pad avg_pool2d adaptive_avg_pool2d dropout "
+    "flatten view reshape permute transpose contiguous squeeze unsqueeze mean sum clone detach float half double "
+    "relu_ add_ mul_ sub_ div_ expand repeat scaled_dot_product_attention".split()
+)
+_LAYERS = "conv batchnorm linear normalization instancenorm padding dropout upsampling pixelshuffle flatten".split()
+_TENSOR_MODULES = tuple(f"torch.nn.modules.{name}" for name in _LAYERS)
+_ARITHMETIC = {getattr(operator, n) for n in "add sub mul truediv floordiv mod pow neg matmul and_ or_ xor".split()}
+_ARITHMETIC |= {getattr(operator, n) for n in "iadd isub imul itruediv".split()}
+_KEEPS_INT = {getattr(operator, n) for n in "add sub mul floordiv mod neg".split()} | {builtins.max, builtins.min}
+
+
+def is_number(node: Any, known: dict[Node, bool] | None = None) -> bool:
+    """Whether a node gives a Python number or tuple, so that `+=` makes a new one and writes nothing.
+
+    `known` keeps the answers for nodes of one graph.
+    """
+    if not isinstance(node, Node):
+        return isinstance(node, (int, float, str, slice, tuple, list))
+    return settled(node, {} if known is None else known, _numbers_in, all)
+
+
+def is_tensor(node: Node, root: nn.Module) -> bool:
+    """Whether a node certainly gives one tensor."""
+    return settled(node, {}, lambda n: _tensors_in(n, root), any)
+
+
+def settled(
+    node: Node,
+    known: dict[Node, bool],
+    read: Callable[[Node], bool | list[Node]],
+    whole: Callable[[Iterable[bool]], bool],
+) -> bool:
+    """What `read` says of a node, or `whole` of the nodes it names instead; a chain of them may be long.
+
+    `known` keeps the answers for nodes of one graph.
+    """
+    todo = [node]
+    while todo:
+        parts = known[todo[-1]] if todo[-1] in known else read(todo[-1])
+        if isinstance(parts, list):
+            if missing := [p for p in parts if p not in known]:
+                todo += missing
+                continue
+            parts = whole(known[p] for p in parts)
+        known[todo.pop()] = parts
+    return known[node]
+
+
+def _numbers_in(node: Node) -> bool | list[Node]:
+    """Whether a node gives a number, or the nodes that decide it: it does if all of them do."""
+    name = plain(node.target)
+    if node.op == "call_method":
+        return name in _ASKS_SIZE | _SPLITS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _IS_SIZE
+    if name in _SPLITS or name == "sym_size":
+        return True
+    if node.target is operator.getitem:
+        source = node.args[0]
+        pieces = isinstance(source, Node) and plain(source.target) in _SPLITS
+        return [source] if isinstance(source, Node) and not pieces else not pieces and is_number(source)
+    if getattr(node.target, "__module__", "") not in ("_operator", "math", "builtins"):
+        return False
+    fixed = all(is_number(a) for a in node.args if not isinstance(a, Node))
+    return [a for a in node.args if isinstance(a, Node)] if fixed else False
+
+
+def _tensors_in(node: Node, root: nn.Module) -> bool | list[Node]:
+    """Whether a node certainly gives one tensor, or the nodes that decide it: it does if any of them does."""
+    if node.op == "get_attr":
+        return True
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        place = type(module).__module__
+        if place == "torch.nn.modules.activation":
+            return not isinstance(module, nn.MultiheadAttention)
+        if place == "torch.nn.modules.pooling":
+            return not getattr(module, "return_indices", False)
+        return place in _TENSOR_MODULES
+    if node.target in _ARITHMETIC:
+        return node.all_input_nodes
+    name = plain(node.target)
+    return node.op in ("call_function", "call_method") and name in _TENSOR_NAMES
+
+
+def number_type(node: Node) -> type | None:
+    """The Python type of a size, or of arithmetic on sizes, where the operations fix it."""
+    if node.op == "call_method" and node.target in _ASKS_ONE:
+        return int if node.target != "size" or len(node.args) + len(node.kwargs) > 1 else torch.Size
+    if node.op != "call_function":
+        return None
+    if node.target is getattr and node.args[1] in _IS_SIZE:
+        return torch.Size if node.args[1] == "shape" else int
+    if node.target in (math.ceil, math.floor):
+        return int
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        cut = isinstance(node.args[1], slice)
+        return (torch.Size if cut else int) if number_type(node.args[0]) is torch.Size else None
+    kinds = {number_type(a) if isinstance(a, Node) else type(a) for a in node.args}
+    if node.target is operator.truediv and kinds <= {int, float}:
+        return float
+    return int if node.target in _KEEPS_INT and kinds == {int} else None
+
+
+@contextmanager
+def extremes_recorded() -> Iterator[None]:
+    """Meanwhile `max` and `min` of traced numbers become nodes, where comparing them would stop the trace.
+
+    "Same" padding is `max(..., 0)` of an expression in the input's size.
+    """
+    originals = {name: getattr(builtins, name) for name in ("max", "min")}
+
+    def recording(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            proxy = next((a for a in args if issubclass(type(a), Proxy)), None)
+            if len(args) < 2 or proxy is None or kwargs:
+                return original(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", original, args, {})
+
+        return call
+
+    for name, original in originals.items():
+        setattr(builtins, name, recording(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(builtins, name, original)

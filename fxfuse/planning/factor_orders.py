@@ -1,0 +1,152 @@
+"""Orders of a chain in which a factor stands beside the layer that can absorb it.
+
+    layer -> carry -> factor => layer -> factor' -> carry;  factor -> carry -> layer => carry -> factor' -> layer
+
+A carry treats every channel alike, so the two commute; the factor acts on the axis that the carry moves its own
+to. Carries that undo each other, once nothing is left between them, are the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch.fx import Node
+
+from fxfuse.algebra.operator import IDENTITY
+from fxfuse.planning.memory_order import ROWS, norm_keeps, order_after, order_of_layer
+from fxfuse.planning.regions import Join, Step, first_spatial, part_nodes
+from fxfuse.reading.movable.commuting import undone
+from fxfuse.reading.movable.factor_ways import axes_of, passes
+
+Part = Step | Join
+
+
+def orders(parts: list[Part], free: Callable[..., bool]) -> Iterator[list[Part]]:
+    """Other orders of `parts` that compute the same: factors moved up where there is a layer, else down; and reversed.
+
+    `free(node, settled=...)` tells whether a node of a detour may vanish: nothing was taken for granted about it,
+    and nobody would notice in which order its value lies in memory, where that is not settled.
+    """
+    if not any(isinstance(p, Step) and p.op.kind in ("carry", "pool") for p in parts):
+        return
+    found = [parts]
+    for up in (True, False):
+        order = _order(parts, up, free)
+        if order not in found:
+            found.append(order)
+            yield order
+
+
+def _order(parts: list[Part], up: bool, free: Callable[..., bool]) -> list[Part]:
+    result, run = list[Part](), list[Step]()
+    before: Part | None = None
+    for part in (*parts, None):
+        if isinstance(part, Step) and passes(part.op):
+            run.append(part)
+            continue
+        after = part is not None and _absorbs(part)
+        if before is not None and (up or not after):
+            run = _upward(run, before)
+        elif after:
+            run = _downward(run)
+        settled = after or (before is not None and _rows_only(run, before))
+        result += _without_detours(run, partial(free, settled=settled))
+        result += [] if part is None else [part]
+        run, before = [], part if after else None
+    return result
+
+
+def _absorbs(part: Part) -> bool:
+    return isinstance(part, Join) or part.op.weighted
+
+
+def _upward(run: Sequence[Step], layer: Part) -> list[Step]:
+    """Factors first, in their order; who reads a batch norm that has moved finds the values in the same order."""
+    moved, rest = list[Step](), list[Step]()
+    order, blocked = order_of_layer(first_spatial(layer)), False
+    for step in run:
+        order = order_after(order, step.op)
+        other = None if blocked or step.op.kind != "scale" else _moved(step, rest[::-1], up=True)
+        if other is not None and other.moved and step.op.law == "batch_norm":
+            keeps = norm_keeps(order, (step.op.spatial or 0) + 2)
+            other = None if keeps is None else replace(other, lay=not keeps)
+            order = order if keeps else ROWS
+        if other is not None:
+            moved.append(other)
+        else:
+            blocked |= step.op.kind == "scale"  # no other factor can pass this one
+            rest.append(step)
+    return [*moved, *rest]
+
+
+def _downward(run: Sequence[Step]) -> list[Step]:
+    """Factors last, in their order: the layer after them takes its input in any order."""
+    moved, rest = list[Step](), list[Step]()
+    blocked = False
+    for step in reversed(run):
+        other = None if blocked or step.op.kind != "scale" else _moved(step, rest[::-1], up=False)
+        if other is not None:
+            moved.append(other)
+        else:
+            blocked |= step.op.kind == "scale"
+            rest.append(step)
+    return [*rest[::-1], *moved[::-1]]
+
+
+def _moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
+    """`step` moved past others, the nearest first; None where one does not keep its axis."""
+    op = step.op
+    if not past or op.spatial is None:
+        return replace(step, moved=True) if past else step
+    axis = -op.spatial - 1
+    for other in (p.op for p in past):
+        axes = axes_of(other)
+        if other.kind == "pool" and axis != -(other.spatial or 0) - 1:
+            return None
+        if other.kind == "carry" and other.const("how") == "unflatten" and not up:
+            return None  # it is a view, which not every order in memory allows
+        if axes is not None:
+            found = axes.get(axis) if up else next((o for o, i in axes.items() if i == axis), None)
+            if found is None:
+                return None
+            axis = found
+    return replace(step, op=op.relaid(-axis - 1), moved=True)
+
+
+def _rows_only(run: Sequence[Step], layer: Part) -> bool:
+    """Whether everything in a run lies in row-major order, so that nothing changes if carries in it vanish."""
+    order = order_of_layer(first_spatial(layer))
+    for step in run:
+        order = order_after(order, step.op)
+        if order != ROWS:
+            return False
+    return order == ROWS
+
+
+def _without_detours(run: list[Step], free: Callable[..., bool]) -> list[Step]:
+    """Carries that undo each other as one step that is the identity, if nobody else reads a value between them."""
+    inside = {n for s in run for n in part_nodes(s)}
+    for first, step in enumerate(run):
+        turns = []
+        for last in range(first, len(run)):
+            if run[last].op.kind != "carry" or (turn := run[last].op.const("turn")) is None:
+                break
+            turns.append(turn)
+            end = run[last].node
+            if last > first and undone(turns) and step.node is not None and end is not None:
+                between = _between(step.node, end, inside)
+                if all(set(n.users) <= inside and free(n, settled=True) for n in between) and free(end):
+                    others = tuple(s.node for s in run[first:last] if s.node is not None)
+                    detour = Step(end, replace(IDENTITY, path=step.op.path), others=others)
+                    return [*run[:first], detour, *_without_detours(run[last + 1 :], free)]
+    return run
+
+
+def _between(first: Node, end: Node, inside: set[Node]) -> list[Node]:
+    """The nodes of a run from `first` on, before `end`: what vanishes with the detour."""
+    nodes = [end]
+    while nodes[-1] is not first:
+        nodes.append(next(n for n in nodes[-1].all_input_nodes if n in inside))
+    return nodes[:0:-1]

@@ -1,0 +1,155 @@
+"""Constant folding of the view: which nodes depend on parameters and buffers alone."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from fxfuse.algebra.constants import Apply, Attr, freeze
+from fxfuse.capture.tracer import has_hooks
+from fxfuse.names import operator_name, plain
+from fxfuse.ops import schema
+from fxfuse.reading.effects import Effects
+
+_IMPURE = re.compile(
+    r"rand|dropout|bernoulli|normal(?!ize)|multinomial|poisson|exponential|uniform|cauchy|geometric|empty|^item$|numpy|"
+    r"tolist|data_ptr|backward|hook|retain_grad|share_memory|requires_grad|_assert|print|setattr|set_grad|"
+    r"nonzero|argwhere|unique|masked|bincount|histogram|repeat_interleave|is_|allclose|equal$"
+)
+_ASKED = {"shape", "ndim", "dtype", "T", "mT", "H", "mH", "data", "real", "imag"}
+
+
+def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], effects: Effects) -> dict[Node, Any]:
+    """Nodes whose value is fixed by the weights: an `Attr`, an `Apply` or a Python value.
+
+    No weight is read: shapes and dtypes are found on stand-ins. What is random, written in place
+    or needs data to have a shape is no constant.
+    """
+    written = effects.written() if effects.writes else set()
+    paths = effects.written_attributes()
+    found: dict[Node, Any] = {}
+    samples: dict[Node, Any] = {}
+    for node in graph.nodes:
+        if node in written:
+            continue
+        if node.op == "get_attr":
+            path = str(node.target)
+            tensor = extra[path] if path in extra else tensor_at(root, path)
+            if tensor is not None and path not in paths and not _replaced_by_hook(root, path):
+                found[node] = Attr(path, tuple(tensor.shape), tensor.dtype)
+        elif node.op in ("call_function", "call_method"):
+            inputs = node.all_input_nodes
+            factory = not inputs and isinstance(node.target, OpOverload)  # torch.zeros and the like
+            if (inputs or factory) and all(n in found for n in inputs) and _pure(node):
+                value = _apply(node, found, samples)
+                if value is not None:
+                    found[node] = value
+    return found
+
+
+def tensor_at(root: nn.Module, path: str) -> Tensor | None:
+    """The plain tensor `root` holds at `path`; None for anything else, subclasses and sparse ones included."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    ordinary = type(value) in (Tensor, nn.Parameter, nn.Buffer) or (
+        isinstance(value, Tensor) and type(value).__torch_function__ is torch._C._disabled_torch_function_impl
+    )
+    return value if ordinary and value.layout is torch.strided else None
+
+
+def _replaced_by_hook(root: nn.Module, path: str) -> bool:
+    """Whether a hook may put another tensor there, as pruning and the older weight_norm do."""
+    owner, _, name = path.rpartition(".")
+    module = root.get_submodule(owner)
+    return name in module.__dict__ and has_hooks(module)
+
+
+def _pure(node: Node) -> bool:
+    name = plain(node.target)
+    if _IMPURE.search(name):
+        return False
+    if node.target is getattr:
+        return node.args[1] in _ASKED
+    if isinstance(node.target, OpOverload):
+        values = schema.bound(node)
+        statistics = values is None or any(values.get(n) is not None for n in ("running_mean", "running_var"))
+        return schema.pure(node) and not statistics
+    if name == "batch_norm":  # weight standardisation calls it without running statistics
+        return len(node.args) > 2 and node.args[1] is None and node.args[2] is None
+    module = getattr(node.target, "__module__", None) or "torch"
+    return node.op == "call_method" or module.split(".")[0] in ("torch", "_operator", "builtins", "math")
+
+
+def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> Any:
+    """The constant of a node whose inputs are constants; None where it has no fixed shape."""
+    function = str(node.target) if node.op == "call_method" else node.target
+    if function is operator.getitem and any(_is_mask(found[n]) for n in node.all_input_nodes[1:]):
+        return None  # a shape that depends on data
+    for source in node.all_input_nodes:
+        if source not in samples:
+            samples[source] = _sample(found[source])
+    large = any(_is_meta(samples[n]) for n in node.all_input_nodes)  # operands have to be on one device
+    args = torch.fx.map_arg(node.args, lambda n: _moved(samples[n], large))
+    kwargs = torch.fx.map_arg(node.kwargs, lambda n: _moved(samples[n], large))
+    if "device" in kwargs and not node.all_input_nodes:
+        kwargs = {**kwargs, "device": "meta"}  # only its shape is asked for here
+    try:
+        if isinstance(function, str):
+            result = getattr(args[0], function)(*args[1:], **kwargs)
+        else:
+            result = function(*args, **kwargs)
+        frozen = freeze(_replaced(node.args, found)).items
+        named = tuple((k, freeze(_replaced(v, found))) for k, v in node.kwargs.items())
+        hash((frozen, named))
+    except Exception:  # whatever cannot run without data is simply no constant
+        return None
+    if isinstance(result, Tensor):
+        function = operator_name(function) if isinstance(function, OpOverload) else function  # which can be pickled
+        found_here = Apply(function, frozen, named, tuple(result.shape), result.dtype)
+        samples[node] = result if node.all_input_nodes else _sample(found_here)
+        return found_here
+    samples[node] = result
+    return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None
+
+
+def _is_meta(sample: Any) -> bool:
+    return isinstance(sample, Tensor) and sample.is_meta
+
+
+def _moved(sample: Any, large: bool) -> Any:
+    return sample.to("meta") if large and isinstance(sample, Tensor) else sample
+
+
+def _is_mask(const: Any) -> bool:
+    return isinstance(const, (Attr, Apply)) and const.dtype in (torch.bool, torch.uint8)
+
+
+def _sample(const: Any) -> Any:
+    """A stand-in of the same shape and dtype: real ones while small, else on the meta device."""
+    if not isinstance(const, (Attr, Apply)):
+        return const
+    small = math.prod(const.shape) <= 4096  # real arithmetic on so few is faster than meta's
+    return (
+        torch.ones(const.shape, dtype=const.dtype)
+        if small
+        else torch.empty(const.shape, dtype=const.dtype, device="meta")
+    )
+
+
+def _replaced(value: Any, found: Mapping[Node, Any]) -> Any:
+    if isinstance(value, Node):
+        return found[value]
+    if isinstance(value, (list, tuple)):
+        return type(value)([_replaced(v, found) for v in value])
+    if isinstance(value, slice):
+        return slice(*(_replaced(v, found) for v in (value.start, value.stop, value.step)))
+    return value

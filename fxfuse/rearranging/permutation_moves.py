@@ -1,0 +1,179 @@
+"""Permutations of channels moved along their routes, next to the layer that takes them into its weight.
+
+    shuffle -> depthwise conv -> batch_norm -> relu -> 1x1 conv  =>  depthwise' -> batch_norm' -> relu -> shuffle -> 1x1
+
+The captured graph is changed, before the plan, and computes the same after each move: the weights of what is passed
+become expressions of the weights they were, w[[2, 0, 1]], which the planner's layers evaluate once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from fxfuse.algebra.constants import Apply, Attr
+from fxfuse.algebra.operator import Ints
+from fxfuse.cost import CostFunction
+from fxfuse.facts.fact import KNOWN
+from fxfuse.graph_edits import Edit
+from fxfuse.ops.index_lists import index_of
+from fxfuse.ops.value_kinds import is_number
+from fxfuse.pattern import Selection
+from fxfuse.reading.movable.shuffles import Shuffle
+from fxfuse.reading.view import View
+from fxfuse.rearranging.permutation_passing import Passed, Permutation, permutation_of
+from fxfuse.rearranging.permutation_routes import Route, Routes
+from fxfuse.rewriting.runtime_checks import RankChecks
+
+_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_KEPT = ("nn_module_stack", "stack_trace")  # of the metadata of a node, in one that stands for it
+
+
+def move_permutations(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Permutations to be moved to a layer further on that takes them."""
+    routes = Routes(view, patterns, price)
+    for permutation in permutations(view):
+        route = routes.find(permutation)
+        if isinstance(route, Route) and route.steps:
+            ends = (permutation.source, *view.readers(permutation.last), *view.readers(route.steps[-1].node))
+            nodes = frozenset((*permutation.nodes, *(s.node for s in route.steps), *ends))
+            yield Edit(nodes, partial(_move, view, permutation, route))
+
+
+def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Shuffles to be written as one operation, which a layer before or after them can take."""
+    routes = Routes(view, patterns, price)
+    for shuffle in view.shuffles:
+        at = [view.effects.position[n] for n in shuffle.nodes]
+        written = view.effects.written_between(shuffle.source, at[0], at[-1], shuffle.nodes)
+        if written is None and isinstance(routes.find(shuffle.permutation), Route):
+            nodes = frozenset((shuffle.source, *shuffle.nodes, *shuffle.nodes[-1].users))
+            yield Edit(nodes, partial(_use, view, shuffle))
+
+
+def _use(view: View, shuffle: Shuffle) -> None:
+    graph, last = view.captured.graph, shuffle.nodes[-1]
+    with graph.inserting_before(last):
+        new = graph.call_function(torch.channel_shuffle, (shuffle.source, shuffle.groups))
+    note(view, last, new, last)
+    last.replace_all_uses_with(new)
+    asked = [n for node in shuffle.nodes for n in node.all_input_nodes if n not in shuffle.nodes]
+    for node in reversed(shuffle.nodes):
+        graph.erase_node(node)
+    _drop_unread(asked)
+
+
+def _drop_unread(sizes: list[Node]) -> None:
+    """Erase those of these sizes, and of all that is computed of or with them, that nobody reads any more.
+
+    `b, _, h, w = x.shape` takes out more than it reads. A size that is left would keep a value from fusing.
+    """
+    known, near, todo = dict[Node, bool](), set[Node](), sizes
+    while todo:
+        node = todo.pop()
+        if node not in near and is_number(node, known):
+            near.add(node)
+            todo += [*node.users, *node.all_input_nodes]
+    for node in sorted(near, reverse=True):
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+def permutations(view: View) -> Iterator[Permutation]:
+    """All permutations that are one node."""
+    for node, affine in view.affine.items():
+        if (found := permutation_of(node, affine)) is not None:
+            yield found
+
+
+def _move(view: View, permutation: Permutation, route: Route) -> None:
+    (old,), last = permutation.nodes, route.steps[-1]
+    reader = view.readers(last.node)[0]
+    nodes = [_renumbered(view, s) if s.rows is not None else s.node for s in route.steps]
+    source = permutation.source if route.forward else nodes[0]
+    old.replace_all_uses_with(source)
+    if route.forward:
+        value = nodes[-1]
+    else:
+        value, reader = _data(view, last.node, nodes[-1]), nodes[-1]
+    graph = view.captured.graph
+    with graph.inserting_before(reader):
+        if last.reads == permutation.reads:
+            new = graph.node_copy(old, lambda n: value if n is source else n)
+        else:
+            new = graph.call_function(operator.getitem, (value, index_of(-permutation.spatial - 1, last.reads)))
+    note(view, old, new, value)
+    ranks = [a.assumes for n in (old, *(s.node for s in route.steps)) if (a := view.affine.get(n)) is not None]
+    RankChecks(graph, view, lambda n: n).check(source, next((r for r in ranks if r is not None), None))
+    reader.replace_input_with(value, new)
+    graph.erase_node(old)
+
+
+def _data(view: View, node: Node, new: Node) -> Node:
+    """What `node`, for which `new` stands by now, reads."""
+    return new.all_input_nodes[0] if node not in view.affine else view.affine[node].inputs[0][0]
+
+
+def _renumbered(view: View, step: Passed) -> Node:
+    """A node with the rows of its weights in another order."""
+    node, op, graph = step.node, view.affine[step.node].op, view.captured.graph
+    assert step.rows is not None
+    axis = -(op.spatial or 0) - 1 if op.law == "scale" else 0
+    with graph.inserting_before(node):
+        if node.op == "call_module":
+            return _function(view, node, step.rows)
+        for argument in [n for n in node.all_input_nodes if _has_rows(view.constants.get(n), axis)]:
+            node.replace_input_with(argument, _indexed(argument, axis, step.rows))
+    return node
+
+
+def _has_rows(value: Any, axis: int) -> bool:
+    """Whether a constant holds numbers of its own for each channel."""
+    wide = isinstance(value, (Attr, Apply)) and len(value.shape) > (axis if axis >= 0 else -1 - axis)
+    return wide and value.shape[axis] > 1
+
+
+def _indexed(node: Node, axis: int, rows: Ints) -> Node:
+    return node.graph.call_function(operator.getitem, (node, index_of(axis, rows)))
+
+
+def _function(view: View, node: Node, rows: Ints) -> Node:
+    """The layer that a module call is, as a function of permuted weights."""
+    graph, call = view.captured.graph, view.calls[node]
+
+    def row(name: str) -> Node | None:
+        held = call.args[name]
+        return None if held is None else _indexed(graph.create_node("get_attr", held.path), 0, rows)
+
+    args, source = call.args, node.all_input_nodes[0]
+    if call.op == "conv":
+        rest = tuple(args[n] for n in ("stride", "padding", "dilation", "groups"))
+        new = graph.call_function(_FUNCTIONS[call.spatial or 0], (source, row("weight"), row("bias"), *rest))
+    else:
+        state = [row(n) for n in ("running_mean", "running_var", "weight", "bias")]
+        new = graph.call_function(F.batch_norm, (source, *state, False, 0.0, args["eps"]))
+    note(view, node, new, node)
+    fact = view.facts[node].sure or view.facts[node]
+    if KNOWN not in new.meta and fact.rank is not None:
+        # A batch norm module settles the rank of what it reads, the function does not.
+        new.meta[KNOWN] = (tuple(fact.axes.get(a) for a in range(-fact.rank, 0)), None)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def note(view: View, old: Node, new: Node, like: Node) -> None:
+    """Note on a node that stands for another one where that came from, and the shape, which is that of a third."""
+    new.meta = {k: old.meta[k] for k in _KEPT if k in old.meta}
+    if KNOWN in like.meta:
+        new.meta[KNOWN] = like.meta[KNOWN]
+    if isinstance(view.shapes, dict) and like in view.shapes:
+        view.shapes[new] = view.shapes[like]
+        if (dtypes := getattr(view.shapes, "dtypes", None)) is not None and like in dtypes:
+            dtypes[new] = dtypes[like]

@@ -1,0 +1,132 @@
+"""A permutation of channels, and what it becomes on the other side of a node that it changes places with.
+
+With x[P] for the channels P[0], P[1], ... of x: an element-wise function or a pool of each channel alone gives
+f(x[P]) = f(x)[P]. A layer g of several groups gives g(x[P]) = g'(x)[Q] where P takes its groups to groups, each in
+order: Q does so to the groups of its outputs, and g' is g with its rows in that order. A depthwise layer, a batch
+norm and a factor a channel are the case of one channel a group, where any P will do and Q is P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from fxfuse.algebra.operator import Ints
+from fxfuse.names import place
+from fxfuse.ops import activations
+from fxfuse.ops.movement import pooled
+from fxfuse.reading.affine import Affine
+from fxfuse.refusal import Refusal
+
+if TYPE_CHECKING:
+    from fxfuse.reading.view import View
+
+KINDS = ("conv", "scale", "pool", "pad", "identity")  # of what a permutation may pass
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """The nodes of a permutation in order, what they read, and the channels they take.
+
+    `assumes` is the rank it takes for granted, `channels` the number of those it takes from, where it takes some or
+    some again. `plain` says that it is one operation on the channels already.
+    """
+
+    nodes: tuple[Node, ...]
+    source: Node
+    reads: Ints
+    spatial: int
+    assumes: int | None = None
+    channels: int | None = None
+    plain: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it takes every channel once."""
+        return self.channels in (None, len(self.reads)) and len(set(self.reads)) == len(self.reads)
+
+    @property
+    def last(self) -> Node:
+        return self.nodes[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A node that a permutation passes: what is left of it on the other side, and the rows of the node's weights.
+
+    `rows` is None where the node has no number of its own for each channel.
+    """
+
+    node: Node
+    reads: Ints
+    rows: Ints | None = None
+
+
+def permutation_of(node: Node, affine: Affine | None) -> Permutation | None:
+    """The permutation that a node is, if it is one and moves anything."""
+    if affine is None or affine.kind != "unary" or affine.op.kind != "select" or affine.op.law != "select":
+        return None
+    op, reads = affine.op, affine.op.reads
+    if reads is None or op.spatial is None or sorted(reads) != list(range(op.in_channels)) or in_order(reads):
+        return None
+    return Permutation((node,), affine.inputs[0][0], reads, op.spatial, affine.assumes)
+
+
+def in_order(reads: Ints) -> bool:
+    return reads == tuple(range(len(reads)))
+
+
+def passed(node: Node, view: View, permutation: Permutation, reads: Ints, forward: bool) -> Passed | Refusal:
+    """What `reads` becomes behind `node`, or before it; refused without a reason by a dense layer."""
+    affine, modules = view.affine.get(node), view.captured.modules
+    if node.op in ("placeholder", "output"):
+        return Refusal("the model is given it" if node.op == "placeholder" else "the model returns it")
+    if not permutation.whole:
+        return _refusal("is no layer that takes some channels", node)
+    if affine is None:
+        alike = activations.read(node, modules) is not None or pooled(node, modules) == permutation.spatial
+        return Passed(node, reads) if alike else _refusal("may treat channels differently", node)
+    op = affine.op
+    if affine.kind != "unary":
+        return _refusal("joins several tensors", node)
+    if op.spatial is None:
+        return Passed(node, reads)
+    if op.spatial != permutation.spatial:
+        return _refusal("has its channels on another axis", node)
+    if op.groups == 1:
+        return Refusal("")  # it takes the permutation, or says itself why not
+    if not isinstance(op.pad_value, (int, float)) or (op.kind == "conv" and op.padding_mode != "zeros"):
+        return _refusal("pads in a way that has no form for permuted channels", node)
+    plain = not (op.transposed or op.framed or op.reads is not None or affine.extra or affine.width)
+    if not plain or op.kind not in KINDS or affine.inputs[0][0] not in node.all_input_nodes:
+        return _refusal("has no form for permuted channels", node)
+    sizes = (op.in_channels // op.groups, op.out_channels // op.groups)
+    inner, outer = sizes if forward else sizes[::-1]
+    groups = _groups(reads, inner, strict=forward)
+    if len(reads) != inner * op.groups or groups is None:
+        return _refusal("has groups, and the permutation takes channels out of them", node)
+    after = tuple(g * outer + i for g in groups for i in range(outer))
+    if op.kind not in ("conv", "scale"):
+        return Passed(node, after)
+    return Passed(node, after, _inverse(after) if forward else reads)
+
+
+def _groups(reads: Ints, size: int, strict: bool) -> Ints | None:
+    """The groups in the order in which `reads` takes them, if it takes each whole (and `strict`ly in order)."""
+    runs = [reads[i : i + size] for i in range(0, len(reads), size)]
+    groups = tuple(run[0] // size for run in runs)
+    for run, group in zip(runs, groups, strict=True):
+        whole = tuple(range(group * size, (group + 1) * size))
+        if (run if strict else tuple(sorted(run))) != whole:
+            return None
+    return groups
+
+
+def _inverse(reads: Ints) -> Ints:
+    return tuple(sorted(range(len(reads)), key=reads.__getitem__))
+
+
+def _refusal(why: str, node: Node) -> Refusal:
+    return Refusal(f"{place(node)} {why}")

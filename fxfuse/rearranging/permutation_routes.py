@@ -1,0 +1,191 @@
+"""The way of a permutation of channels to a layer that takes it into its weight, past what lies between.
+
+Every value on the way is read by the next node alone. A permutation that would not vanish in the end stays where it
+is, and so does one that would leave a batch norm or a factor to permute its numbers at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from torch.fx import Node
+
+from fxfuse.algebra import combine
+from fxfuse.algebra.constants import Apply
+from fxfuse.algebra.operator import Operator, pointwise
+from fxfuse.cost import CostFunction
+from fxfuse.names import place
+from fxfuse.pattern import Selection
+from fxfuse.reading.view import View
+from fxfuse.rearranging.permutation_passing import Passed, Permutation, passed
+from fxfuse.refusal import Refusal
+
+FAR = 64  # nodes on a way that are looked at: bounds a search that grows with the square of their number
+NAMED = 3  # readers of a value that a refusal names
+STRAIGHT = ("scale", "identity", "select", "pad")  # kinds that a layer takes in together with a permutation
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The nodes that a permutation passes, the first one first; `forward` if the layer comes after them."""
+
+    steps: tuple[Passed, ...]
+    forward: bool
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Finds routes in one view."""
+
+    view: View
+    patterns: Selection
+    price: CostFunction
+
+    def find(self, permutation: Permutation) -> Route | tuple[Refusal, Refusal]:
+        """The shorter route, or what stands in the way before the permutation and after it."""
+        after, before = self._walk(permutation, True), self._walk(permutation, False)
+        found = [r for r in (after, before) if isinstance(r, Route)]
+        if found:
+            return min(found, key=lambda r: len(r.steps))
+        assert isinstance(after, Refusal) and isinstance(before, Refusal)
+        return before, after
+
+    def _walk(self, permutation: Permutation, forward: bool) -> Route | Refusal:
+        node, reader = (permutation.last if forward else permutation.source), permutation.nodes[0]
+        reads, steps = permutation.reads, list[Passed]()
+        while len(steps) < FAR:
+            channels = permutation.channels or len(reads)
+            op = pointwise("select", "select", permutation.spatial, len(reads), reads=reads)
+            op = op if steps else replace(op, in_channels=channels)
+            layer = self._taken(op, node, reader, permutation, forward)
+            if layer is None:
+                return self._blocked(permutation, steps, forward) or Route(tuple(steps), forward)
+            following = self.view.readers(node)
+            if len(following) != 1 or following[0] not in node.users:
+                told = ", ".join(place(n) for n in following[:NAMED])
+                return Refusal(f"{place(node)} is read by {told or 'nobody'}")
+            node = following[0] if forward else node
+            step = passed(node, self.view, permutation, reads, forward)
+            if isinstance(step, Refusal):
+                return step if step.reason else layer
+            steps.append(step)
+            reads = step.reads
+            if not forward:
+                reader, node = node, self._input(node)
+        return Refusal(f"no layer is among the next {FAR} operations")
+
+    def _input(self, node: Node) -> Node:
+        affine = self.view.affine.get(node)
+        return node.all_input_nodes[0] if affine is None else affine.inputs[0][0]
+
+    def _taken(self, op: Operator, node: Node, reader: Node, permutation: Permutation, forward: bool) -> Refusal | None:
+        """None where the next layer takes a permutation that stands after `node`, else why it does not, "" if none."""
+        for _ in range(FAR):
+            following = self.view.readers(node)
+            if len(following) != 1 or following[0] not in node.users or (not forward and following != [reader]):
+                return Refusal("")
+            here = following[0] if forward else node
+            step = self.view.affine.get(here)
+            if step is None or step.kind != "unary":
+                return Refusal("")
+            layer = step.op
+            if permutation.plain and here in self.view.sized and not (forward and layer.weighted):
+                return Refusal(f"the size of {place(here)} is asked for")
+            both = self.patterns.combine("chain", *((op, layer) if forward else (layer, op)))
+            if layer.weighted:
+                return self._pays(both, layer, here)
+            if isinstance(both, Refusal) or layer.kind not in STRAIGHT:
+                return Refusal("")
+            op = both
+            node, reader = here if forward else self._input(here), here
+        return Refusal("")
+
+    def _pays(self, both: Operator | Refusal, layer: Operator, node: Node) -> Refusal | None:
+        """Why a layer does not take what it meets, None if it does at no more cost than its own."""
+        if isinstance(both, Refusal):
+            return Refusal(f"{place(node)} cannot take it: {both.reason}")
+        one, two = combine.finish(layer), combine.finish(both)
+        if isinstance(one, Refusal) or isinstance(two, Refusal):
+            why = two.reason if isinstance(two, Refusal) else ""
+            return Refusal(f"{place(node)} cannot take it: {why}")
+        if two[1] > one[1] or self.price(two[0], Fraction(1)) > self.price(one[0], Fraction(1)):
+            return Refusal(f"{place(node)} has groups, and would cost more without them")
+        return None
+
+    def _blocked(self, permutation: Permutation, steps: Sequence[Passed], forward: bool) -> Refusal | None:
+        """What else forbids that the permutation passes `steps`, after which a layer takes it."""
+        if not steps:
+            return None
+        effects, nodes = self.view.effects, [s.node for s in steps]
+        own = {*nodes, *permutation.nodes}
+        at = [effects.position[n] for n in (*own, *(self.view.readers(nodes[-1]) if forward else ()))]
+        writer = effects.written_between(permutation.source, min(at), max(at), own)
+        for node in (n for n in nodes if n in effects.writes):
+            mine = effects.private_write(node) and (not forward or effects.private(permutation.source, node))
+            writer = writer or (None if mine else node)
+        if writer is not None:
+            return Refusal(f"{place(writer)} writes in place what others read")
+        for number, step in enumerate(steps):
+            if step.rows is not None and not self._held(permutation, steps, number, forward):
+                return Refusal(f"{place(step.node)} is in no layer, and would permute its numbers at every call")
+        return None
+
+    def _held(self, permutation: Permutation, steps: Sequence[Passed], number: int, forward: bool) -> bool:
+        """Whether the permuted numbers of a step end up in a layer."""
+        affine = self.view.affine
+        op = affine[steps[number].node].op
+        if op.weighted:
+            return not isinstance(self.patterns.combine("alone", _computed(op), _computed(op)), Refusal)
+        ordered = steps if forward else steps[::-1]
+        middle = [a.op if (a := affine.get(s.node)) is not None else None for s in ordered]
+        before = list(self._behind(permutation)) if forward else []
+        after = [] if forward else list(self._ahead(permutation))
+        row = [*before, *middle, *after]
+        where = len(before) + (number if forward else len(steps) - 1 - number)
+        return any(self._absorbed(row, where, way) for way in (-1, 1))
+
+    def _absorbed(self, row: Sequence[Operator | None], where: int, way: int) -> bool:
+        """Whether the operator at `where` and those next to it on one side are one layer."""
+        whole, there = row[where], where + way
+        while 0 <= there < len(row) and (other := row[there]) is not None and whole is not None:
+            both = self.patterns.combine("chain", *((whole, other) if way > 0 else (other, whole)))
+            if isinstance(both, Refusal) or both.framed:
+                return False
+            if other.weighted:
+                return not isinstance(combine.finish(both), Refusal)
+            whole, there = both, there + way
+        return False
+
+    def _behind(self, permutation: Permutation) -> Sequence[Operator]:
+        """The operators before a permutation up to a layer, in order, each read by the next alone."""
+        found, node, reader = list[Operator](), permutation.source, permutation.nodes[0]
+        while (step := self.view.affine.get(node)) is not None and step.kind == "unary":
+            if self.view.readers(node) != [reader]:
+                break
+            found.insert(0, step.op)
+            if step.op.weighted:
+                break
+            node, reader = step.inputs[0][0], node
+        return found
+
+    def _ahead(self, permutation: Permutation) -> Sequence[Operator]:
+        """The operators after a permutation up to a layer."""
+        found, node = list[Operator](), permutation.last
+        while len(following := self.view.readers(node)) == 1:
+            node = following[0]
+            step = self.view.affine.get(node)
+            if step is None or step.kind != "unary":
+                break
+            found.append(step.op)
+            if step.op.weighted:
+                break
+        return found
+
+
+def _computed(op: Operator) -> Operator:
+    """`op` as it is with an expression for its weight."""
+    weight = op.const("weight")
+    expression = Apply("clone", (weight,), (), weight.shape, weight.dtype)
+    return replace(op, consts=tuple((k, expression if k == "weight" else c) for k, c in op.consts))

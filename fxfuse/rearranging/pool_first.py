@@ -1,0 +1,104 @@
+"""1x1 conv -> avg_pool  =>  avg_pool -> 1x1 conv      the pool first, as it leaves fewer positions to convolve
+
+Exact: a pool without padding is the same weighted mean on every channel, its weights sum to one, and a pointwise
+convolution with its bias is the same affine map at every position (W mean(x) + b = mean(W x + b)); so is a batch
+norm between the two. The transitions of DenseNet do a quarter of the work so.
+
+The captured graph is changed, before the plan that counts: the planner only decides what becomes one layer. The other
+direction, which needs no other plan, is `layer_first`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch.fx import Node
+
+from fxfuse.algebra.operator import Operator
+from fxfuse.cost import CostFunction
+from fxfuse.facts.fact import KNOWN
+from fxfuse.graph_edits import Edit
+from fxfuse.pattern import Selection
+from fxfuse.reading.affine import Affine
+from fxfuse.reading.view import View
+from fxfuse.refusal import Refusal
+from fxfuse.reporting.report import Fired
+
+
+def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Average pools to be moved before the pointwise convolutions they follow."""
+    for pool, affine in view.affine.items():
+        if affine.op.kind == "pool" and not affine.op.pads and math.prod(affine.op.stride) > 1:
+            nodes = _before(view, pool, affine.op)
+            if nodes and _allowed(view.affine[nodes[-1]], affine.op, patterns, price):
+                source = view.affine[nodes[-1]].inputs[0][0]
+                touched = frozenset((pool, *nodes, source, *pool.users))
+                yield Edit(touched, partial(_rewire, view, pool, nodes), _swapped(view, pool, nodes))
+
+
+def _before(view: View, pool: Node, op: Operator) -> list[Node]:
+    """The nodes before `pool` up to a convolution, last first, if nobody else reads any; else none."""
+    nodes, reader, source = list[Node](), pool, view.affine[pool].inputs[0][0]
+    while True:
+        affine = view.affine.get(source)
+        if affine is None or affine.kind != "unary" or affine.op.spatial not in (None, op.spatial):
+            return []
+        if view.readers(source) != [reader] or source in view.sized or source in view.effects.writes:
+            return []
+        nodes.append(source)
+        if affine.op.weighted:
+            return nodes
+        if affine.op.kind not in ("scale", "identity"):
+            return []
+        reader, source = source, affine.inputs[0][0]
+
+
+def _allowed(layer: Affine, pool: Operator, patterns: Selection, price: CostFunction) -> bool:
+    if not layer.op.pointwise or isinstance(patterns.combine("swap", layer.op, pool), Refusal):
+        return False
+    return price(layer.op, pool.pixels) < price(layer.op, Fraction(1))
+
+
+def _swapped(view: View, pool: Node, nodes: list[Node]) -> Fired:
+    conv, op, shapes = view.affine[nodes[-1]].op, view.affine[pool].op, view.shapes
+    positions = [shapes[n].numel() // conv.out_channels for n in (nodes[-1], pool) if n in shapes]
+    macs = [p * conv.macs for p in positions] if len(positions) == 2 else [None, None]
+    width = conv.in_channels
+    first = replace(op, in_channels=width, out_channels=width, groups=width)
+    return Fired(
+        path=conv.path,
+        patterns=("pool_swap",),
+        before=(conv.describe(), op.describe()),
+        after=f"{first.describe()}, {conv.describe()}",
+        macs_before=macs[0],
+        macs_after=macs[1],
+    )
+
+
+def _rewire(view: View, pool: Node, nodes: list[Node]) -> None:
+    last, conv = nodes[0], nodes[-1]
+    source = view.affine[conv].inputs[0][0]
+    pool.replace_all_uses_with(last)
+    conv.prepend(pool)
+    pool.replace_input_with(last, source)
+    conv.replace_input_with(source, pool)
+    _resize(view, pool, nodes)
+
+
+def _resize(view: View, pool: Node, nodes: list[Node]) -> None:
+    """Correct what is noted of their shapes: all behind the pool have the size it gave, and it has other channels."""
+    axis, width = -(view.affine[pool].op.spatial or 0) - 1, view.affine[nodes[-1]].op.in_channels
+    if pool.meta.get(KNOWN) is not None:
+        sizes, dtype = pool.meta[KNOWN]
+        for node in nodes:
+            node.meta[KNOWN] = (sizes, dtype)
+        pool.meta[KNOWN] = ((*sizes[:axis], width, *sizes[axis:][1:]), dtype)
+    if isinstance(view.shapes, dict) and pool in view.shapes:
+        shape = view.shapes[pool]
+        view.shapes.update(dict.fromkeys(nodes, shape))
+        view.shapes[pool] = torch.Size((*shape[:axis], width, *shape[axis:][1:]))

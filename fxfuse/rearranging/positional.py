@@ -1,0 +1,52 @@
+"""Tensors given by keyword, put where the signature has them: `pool(input=y)` becomes `pool(y)`.
+
+So whoever reads a call finds its tensors by their position, as most of PyTorch is called, and the signature of each
+function and module is asked in one place. Numbers stay keywords: those are read by their names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch._jit_internal import boolean_dispatched
+from torch.fx import Graph, Node
+from torch.fx.operator_schemas import get_signature_for_torch_op
+
+from fxfuse.capture.tracer import has_hooks
+
+
+def by_position(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Rewrite every call of a function or module that takes a tensor by keyword, where its signature is known."""
+    for node in graph.nodes:
+        if not node.kwargs or node.op not in ("call_function", "call_module"):
+            continue
+        for names in _names(node, modules):
+            args, rest = list(node.args), dict(node.kwargs)
+            while len(args) < len(names) and isinstance(rest.get(names[len(args)]), Node):
+                args.append(rest.pop(names[len(args)]))
+            if len(args) > len(node.args):
+                node.args, node.kwargs = tuple(args), rest
+                break
+
+
+def _names(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """The names of the parameters that may be given by position, of each signature that there is."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if has_hooks(module):  # which may be told of keywords
+            return
+        found: list[inspect.Signature] = [inspect.signature(module.forward)]
+    else:
+        target: Any = node.target
+        target = boolean_dispatched[target]["if_false"] if target in boolean_dispatched else target
+        try:
+            found = [inspect.signature(target)]
+        except (TypeError, ValueError):  # a function in C
+            found = get_signature_for_torch_op(target) or []
+    for signature in found:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [p.name for p in signature.parameters.values() if p.kind in kinds]
+        yield names

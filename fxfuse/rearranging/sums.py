@@ -1,0 +1,147 @@
+"""(y + f(x)) + g(x)  =>  y + (f(x) + g(x))      branches of one tensor beside each other, where they become one layer
+
+Addition may be grouped in any way. A sum written as `shortcut(y) + conv3x3(x) + conv1x1(x)` joins the shortcut to
+the first branch before the second one comes; regrouped, the two branches are a sum of their own, which the planner
+merges like any other. A sum stays as it is written where no two of its branches could be one layer.
+
+The captured graph is changed, before the plan.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial, reduce
+
+from torch.fx import Node
+
+from fxfuse.algebra import combine
+from fxfuse.algebra.operator import IDENTITY, Operator
+from fxfuse.cost import CostFunction
+from fxfuse.graph_edits import Edit
+from fxfuse.pattern import Selection
+from fxfuse.reading.view import View
+from fxfuse.rearranging.permutation_moves import note
+from fxfuse.refusal import Refusal
+
+LARGEST = 128  # summands of a group: each is an operator inside the next one
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Sums that end in `root`: the inner ones, read by the next alone, and what is summed, in order.
+
+    `known` are the groups of summands, by number, that are a sum of their own already.
+    """
+
+    root: Node
+    inner: tuple[Node, ...]
+    leaves: tuple[Node, ...]
+    known: Set[frozenset[int]]
+
+
+def regroup(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Sums of several tensors to be regrouped, as branches of one can merge."""
+    for root in (n for n, a in view.affine.items() if a.kind == "sum"):
+        tree = _tree(view, root)
+        groups = [] if tree is None else _groups(view, tree, patterns, price)
+        if tree is not None and any(len(g) > 1 and frozenset(g) not in tree.known for g in groups):
+            touched = frozenset((root, *tree.inner, *tree.leaves, *root.users))
+            yield Edit(touched, partial(_rewrite, view, tree, groups))
+
+
+def _tree(view: View, root: Node) -> _Tree | None:
+    """The sum that ends in a node; None if it is a part of another, or if somebody could see another order."""
+    if not _plain(view, root) or (len(root.users) == 1 and _plain(view, next(iter(root.users)))):
+        return None
+    leaves, inner, todo = list[Node](), list[Node](), [root]
+    spans = dict[Node, list[int]]()
+    while todo:
+        node = todo.pop()
+        if node is not root and (not _plain(view, node) or len(node.users) > 1):
+            leaves.append(node)
+            continue
+        if node in spans:  # all of it has been seen
+            spans[node].append(len(leaves))
+            continue
+        spans[node] = [len(leaves)]
+        inner.append(node)
+        todo += [node, *(source for source, _ in reversed(view.affine[node].inputs))]
+    if len(set(leaves)) < max(3, len(leaves)) or any(view.effects.writers(n) for n in (*leaves, *inner)):
+        return None  # what is written in place stays where it is
+    return _Tree(root, tuple(inner[1:]), tuple(leaves), {frozenset(range(*span)) for span in spans.values()})
+
+
+def _plain(view: View, node: Node) -> bool:
+    affine = view.affine.get(node)
+    if affine is None or affine.kind != "sum" or affine.assumes is not None or affine.width is not None:
+        return False
+    once = len({source for source, _ in affine.inputs}) == len(affine.inputs)  # not a tensor and itself
+    return once and not affine.extra and all(coefficient == 1 for _, coefficient in affine.inputs)
+
+
+def _groups(view: View, tree: _Tree, patterns: Selection, price: CostFunction) -> list[list[int]]:
+    """The summands by number, those together that can be one layer that costs no more than they do."""
+    groups, merged = list[list[int]](), list[tuple[Node, Operator]]()
+    for number, leaf in enumerate(tree.leaves):
+        source, op = _branch(view, leaf, patterns)
+        for group, (other, whole) in zip(groups, merged, strict=True):
+            fits = other is source and len(group) < LARGEST
+            both = _one(patterns, price, whole, op) if fits else None
+            if both is not None:
+                group.append(number)
+                merged[groups.index(group)] = (source, both)
+                break
+        else:
+            groups.append([number])
+            merged.append((source, op))
+    return groups
+
+
+def _branch(view: View, leaf: Node, patterns: Selection) -> tuple[Node, Operator]:
+    """The tensor that a summand is computed of by one operator, and that operator."""
+    op, node = IDENTITY, leaf
+    while (step := view.affine.get(node)) is not None and step.kind == "unary" and len(view.readers(node)) == 1:
+        if node in view.sized or node in view.effects.writes:
+            break
+        both = step.op if op is IDENTITY else patterns.combine("chain", step.op, op)
+        if isinstance(both, Refusal):
+            break
+        op, node = both, step.inputs[0][0]
+    return node, op
+
+
+def _one(patterns: Selection, price: CostFunction, f: Operator, g: Operator) -> Operator | None:
+    if not (f.weighted or g.weighted):
+        return None
+    first, second = (f, g) if f.weighted else (g, f)
+    both = patterns.combine("sum", first, second)
+    if isinstance(both, Refusal) or isinstance(combine.finish(both), Refusal):
+        return None
+    apart = sum((Fraction(price(o, Fraction(1))) for o in (f, g) if o.kind != "identity"), Fraction(0))
+    return both if price(both, Fraction(1)) <= apart else None
+
+
+def _rewrite(view: View, tree: _Tree, groups: list[list[int]]) -> None:
+    graph, root = view.captured.graph, tree.root
+
+    def add(a: Node, b: Node) -> Node:
+        new = graph.call_function(operator.add, (a, b))
+        note(view, root, new, a if a in alike else new)  # what else is summed may be of another shape
+        if a in alike:
+            alike.add(new)
+        return new
+
+    with graph.inserting_before(root):
+        parts = list[Node]()
+        for group in groups:
+            alike = {tree.leaves[group[0]]}  # what becomes one layer is of one shape
+            parts.append(reduce(add, [tree.leaves[i] for i in group]))
+        alike = set()
+        whole = reduce(add, parts)
+    note(view, root, whole, root)
+    root.replace_all_uses_with(whole)
+    for node in (root, *tree.inner):
+        graph.erase_node(node)

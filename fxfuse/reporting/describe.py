@@ -1,0 +1,129 @@
+"""What the report says of a graph and a plan: sizes, operation counts, and one line a fused site."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.fx import Graph, Node
+
+from fxfuse.algebra.operator import Operator
+from fxfuse.names import plain
+from fxfuse.ops.modules import CONVS, NORMS
+from fxfuse.planning.regions import Join, Step, exit_of
+from fxfuse.planning.sites import Fuse, Plan, Siblings, fuses
+from fxfuse.reading.view import View
+from fxfuse.reporting.report import Fired, Totals
+
+_ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "addmm": "linear"}
+
+
+def totals(graph: Graph, modules: Mapping[str, nn.Module], params: int, macs: int | None) -> Totals:
+    """Nodes and executed operations by kind, with the parameters and MACs the caller counted."""
+    calls = ("call_function", "call_method", "call_module")
+    ops = Counter(_kind(n, modules) for n in graph.nodes if n.op in calls)
+    return Totals(len(graph.nodes), params, macs, dict(sorted(ops.items())))
+
+
+def _kind(node: Node, modules: Mapping[str, nn.Module]) -> str:
+    """One name for all spellings: conv for nn.Conv2d, F.conv2d and torch.conv1d alike."""
+    if node.op == "call_module":
+        return kind_of(modules[str(node.target)])
+    return _plain(plain(node.target) or str(node.target))
+
+
+def kind_of(module: nn.Module) -> str:
+    """The kind of a module call, under the same names as the functions."""
+    return _plain(type(module).__name__)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of those that the totals of the report name."""
+    return isinstance(module, (*CONVS, nn.Linear, *NORMS))
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, tuple(NORMS))
+
+
+def _plain(name: str) -> str:
+    flat = name.strip("_").lower()
+    if flat.startswith(("batchnorm", "batch_norm", "native_batch_norm")):
+        return "batch_norm"
+    return "conv" if flat.startswith(("conv", "framedconv")) else _ALIASES.get(flat, flat)
+
+
+def macs(view: View) -> int | None:
+    """Multiply-accumulates of all convolutions and linear layers; None where shapes are not known."""
+    if not view.shapes:
+        return None
+    return sum(_macs(a.op, n, view) for n, a in view.affine.items() if a.op.weighted and n in view.shapes)
+
+
+def _macs(op: Operator, node: Node, view: View) -> int:
+    shape, spatial = view.shapes[node], op.spatial or 0
+    frame = op.frame_conv.macs * shape[len(shape) - spatial :].numel() if op.framed else 0
+    return shape.numel() // op.out_channels * op.macs + frame
+
+
+def fired(plan: Plan, view: View, names: Mapping[Operator, str]) -> tuple[Fired, ...]:
+    """One entry for every fused layer, in execution order."""
+    group_of = {f.exit: g for g in plan.siblings for f in g.members}
+    found: dict[Node, Fired] = {}
+    for fuse in (f for site in plan.sites for f in fuses(site.segments)):
+        group = group_of.get(fuse.exit)
+        if group is None:
+            found[fuse.exit] = _describe(fuse, view, names)
+        elif group.members[0].exit not in found:
+            found[group.members[0].exit] = _gathered(group, view, names)
+    return tuple(found.values())
+
+
+def _gathered(group: Siblings, view: View, names: Mapping[Operator, str]) -> Fired:
+    """One entry for siblings."""
+    each = [_describe(f, view, names) for f in group.members]
+    before, after = ([getattr(e, side) for e in each] for side in ("macs_before", "macs_after"))
+    pools = sum(f.pool is not None for f in group.members)
+    return Fired(
+        path=names.get(group.op, group.op.path),
+        patterns=tuple(dict.fromkeys((*group.op.applied, *(p for e in each for p in e.patterns)))),
+        before=tuple(b for e in each for b in e.before),
+        after=f"{group.op.describe()}, {len(each)} slices" + ", pool" * pools,
+        macs_before=None if None in before else sum(before),
+        macs_after=None if None in after else sum(after),
+    )
+
+
+def _steps(parts: Iterable[Step | Join]) -> list[Step | None]:
+    """Every step below the parts; None for a branch that is the identity."""
+    steps: list[Step | None] = []
+    for part in parts:
+        if isinstance(part, Step):
+            steps.append(part)
+            continue
+        for branch in part.branches:
+            steps += _steps(branch.parts) if branch.parts else [None]
+    return steps
+
+
+def _describe(fuse: Fuse, view: View, names: Mapping[Operator, str]) -> Fired:
+    before, work = [], 0
+    for step in _steps(fuse.parts):
+        if step is None:
+            before.append("identity")
+        elif step.node is not None:
+            text = step.op.describe()
+            before.append(text.replace("scale", "batch_norm", 1) if step.op.law == "batch_norm" else text)
+            if step.op.weighted and step.node in view.shapes:
+                work += _macs(step.op, step.node, view)
+    last = exit_of(fuse.parts)
+    after = _macs(fuse.op, last, view) if last in view.shapes else None
+    return Fired(
+        path=names.get(fuse.op, fuse.op.path),
+        patterns=tuple(dict.fromkeys(fuse.op.applied)),
+        before=tuple(before),
+        after=fuse.op.describe() + ", pool" * (fuse.pool is not None),
+        macs_before=None if after is None else work,
+        macs_after=after,
+    )

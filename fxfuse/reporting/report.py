@@ -1,0 +1,209 @@
+"""The report: what fused, what did not and why, in words, as data and as Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from fxfuse.refusal import Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Fired:
+    """One fused layer: where it is, which patterns made it, and its shape before and after."""
+
+    path: str
+    patterns: tuple[str, ...]
+    before: tuple[str, ...]
+    after: str
+    macs_before: int | None = None
+    macs_after: int | None = None
+
+    @property
+    def saved(self) -> int:
+        """Multiply-accumulates fewer; 0 where shapes are not known."""
+        return (self.macs_before or 0) - (self.macs_after or 0)
+
+    @property
+    def summary(self) -> str:
+        """`2 conv2d, 3 batch_norm, identity`: what went into it."""
+        counts = Counter(b.split(" ")[0] for b in self.before)
+        return ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Size of the model at one end of the optimization; MACs need example inputs."""
+
+    nodes: int
+    params: int
+    macs: int | None
+    ops: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one optimization did. `str()` is the table; `to_dict` and `to_markdown` hold the same.
+
+    `capture` is the way the model as a whole was taken; `parts` are path, way and reason of every module
+    that was looked at on its own, as soon as there is more than one.
+    """
+
+    model: str
+    fired: tuple[Fired, ...]
+    refused: tuple[Refusal, ...]
+    before: Totals
+    after: Totals
+    cost: str
+    seconds: float
+    capture: str
+    parts: tuple[tuple[str, str, str], ...] = ()
+    dry_run: bool = False
+    max_error: float | None = None
+    timing: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_pattern(self) -> dict[str, int]:
+        """How many sites each pattern had a part in."""
+        return dict(sorted(Counter(p for f in self.fired for p in set(f.patterns)).items()))
+
+    @property
+    def by_reason(self) -> dict[tuple[str, str], list[Refusal]]:
+        """Refusals grouped by reason and remedy, most frequent first."""
+        groups: dict[tuple[str, str], list[Refusal]] = {}
+        for refusal in self.refused:
+            groups.setdefault((refusal.reason, refusal.remedy), []).append(refusal)
+        return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: lists, dicts, strings and numbers, ready for JSON."""
+        return {
+            "model": self.model,
+            "dry_run": self.dry_run,
+            "sites": len(self.fired),
+            "before": _totals(self.before),
+            "after": _totals(self.after),
+            "cost": self.cost,
+            "capture": self.capture,
+            "parts": [{"path": p, "capture": how, "reason": why} for p, how, why in self.parts],
+            "seconds": self.seconds,
+            "max_error": self.max_error,
+            "timing": self.timing,
+            "patterns": self.by_pattern,
+            "fired": [
+                {
+                    "path": f.path,
+                    "patterns": list(f.patterns),
+                    "before": list(f.before),
+                    "after": f.after,
+                    "macs_before": f.macs_before,
+                    "macs_after": f.macs_after,
+                }
+                for f in self.fired
+            ],
+            "refused": [
+                {
+                    "reason": reason,
+                    "remedy": remedy,
+                    "sites": [{"where": r.where, "detail": r.detail, "pattern": r.pattern} for r in refusals],
+                }
+                for (reason, remedy), refusals in self.by_reason.items()
+            ],
+        }
+
+    def to_markdown(self) -> str:
+        """The report as GitHub-flavoured Markdown."""
+        return self._render("github", "## ")
+
+    def __str__(self) -> str:
+        return self._render("simple", "")
+
+    def _render(self, style: str, mark: str, sites: int = 12) -> str:
+        blocks = [mark + self.headline, _table(self._sizes(), ("", "before", "after", "ratio"), style)]
+        if self.timing:
+            blocks.append(self._speed())
+        if self.parts:
+            taken = [(path or self.model, how, why) for path, how, why in self.parts]
+            blocks.append(_table(taken[:sites], ("module", "captured", ""), style) + _more(len(taken) - sites))
+        if self.fired:
+            blocks.append(_table(list(self.by_pattern.items()), ("pattern", "sites"), style))
+            shown = [(f.path, ", ".join(dict.fromkeys(f.patterns)), f.summary, f.after) for f in self.fired]
+            title = "would fuse" if self.dry_run else "fused"
+            blocks.append(_table(shown[:sites], (title, "patterns", "from", "to"), style) + _more(len(shown) - sites))
+        for (reason, remedy), refusals in self.by_reason.items():
+            names = [f"  {r.where}" + (f": {r.detail}" if r.detail else "") for r in refusals]
+            head = f"{mark and '### '}not fused, {len(refusals)}x: {reason}"
+            head += f"\n  -> {remedy}" if remedy else ""
+            bullet = "\n- " if mark else "\n"
+            listed = bullet + bullet.join(n.strip() if mark else n for n in names[:4])
+            blocks.append(head + listed + _more(len(names) - 4))
+        ops = sorted(set(self.before.ops) | set(self.after.ops))
+        rows = [(o, self.before.ops.get(o, 0), self.after.ops.get(o, 0)) for o in ops]
+        changed = [r for r in rows if r[1] != r[2]]
+        if changed:
+            blocks.append(_table(changed, ("executed", "before", "after"), style))
+        return "\n\n".join(blocks)
+
+    @property
+    def headline(self) -> str:
+        """One line: model, sites fused and refused, time taken, error if verified."""
+        verb = "would fuse" if self.dry_run else "fused"
+        text = f"fxfuse: {self.model}: {verb} {len(self.fired)} sites in {self.seconds:.2f} s"
+        text += f", {len(self.refused)} refused"
+        if self.max_error is not None:
+            text += f", max relative error {self.max_error:.1e}"
+        return text
+
+    def _sizes(self) -> list[tuple[str, str, str, str]]:
+        rows = [
+            _row("nodes", self.before.nodes, self.after.nodes),
+            _row("params", self.before.params, self.after.params),
+        ]
+        if self.before.macs is not None and self.after.macs is not None:
+            rows.append(_row("MACs", self.before.macs, self.after.macs))
+        for name in ("conv", "linear", "batch_norm"):
+            if self.before.ops.get(name):
+                rows.append(_row(name, self.before.ops.get(name, 0), self.after.ops.get(name, 0)))
+        return rows
+
+    def _speed(self) -> str:
+        t = self.timing
+        return (
+            f"time per call: {t['before_ms']:.2f} ms -> {t['after_ms']:.2f} ms, "
+            f"ratio {t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f}, {t['rounds']} interleaved rounds, "
+            f"{t['device']})"
+        )
+
+
+class Reports(tuple[Report, ...]):
+    """The reports of several graphs; `str()` is one after the other."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+
+def _totals(t: Totals) -> dict[str, Any]:
+    return {"nodes": t.nodes, "params": t.params, "macs": t.macs, "ops": dict(t.ops)}
+
+
+def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, _short(before), _short(after), f"{after / before:.2f}" if before else "-"
+
+
+def _short(value: int) -> str:
+    if value >= 10**9:
+        return f"{value / 1e9:.2f}G"
+    return f"{value / 1e6:.2f}M" if value >= 10**6 else f"{value:,}"
+
+
+def _table(rows: Any, headers: tuple[str, ...], style: str) -> str:
+    return str(tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True))
+
+
+def _more(count: int) -> str:
+    return f"\n  ... and {count} more" if count > 0 else ""

@@ -1,0 +1,131 @@
+"""The result: a GraphModule of fused layers, and of copies of all that stayed."""
+
+from __future__ import annotations
+
+import copy
+import keyword
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from fxfuse.capture.copying import copied
+from fxfuse.capture.retracer import Reader
+from fxfuse.capture.symbolic import HOOKS, Captured
+
+STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
+
+# What torch keeps beside the hooks of a module: which of them take keyword arguments, and so on.
+FLAGS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Gives a GraphModule hooks or plain attributes of the model, and hides its non-persistent buffers.
+
+    A deepcopy of it would lose all three.
+    """
+
+    attributes: dict[str, Any]
+    hidden: tuple[str, ...] = ()
+
+    def __call__(self, module: GraphModule) -> None:
+        for name, value in self.attributes.items():
+            setattr(module, name, copy.copy(value))
+        for target in self.hidden:
+            owner, _, name = target.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(name)
+
+
+def keep(module: GraphModule, attributes: dict[str, Any], hidden: tuple[str, ...] = ()) -> None:
+    """Set `attributes` on a GraphModule, and hide its buffers `hidden` from the state dict, in copies of it too."""
+    if attributes or hidden:
+        kept = Keep(attributes, hidden)
+        kept(module)
+        module._register_deepcopy_hook(kept)
+
+
+def assemble(
+    captured: Captured, graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter], memo: dict[int, Any]
+) -> GraphModule:
+    """The GraphModule of `graph`: `layers` as they are, every other module and tensor copied.
+
+    `memo` (by id) holds what was copied or replaced before, as for deepcopy.
+    """
+    root = captured.root
+    state: dict[str, Any] = {}
+    hidden: list[str] = []
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        path = str(node.target)
+        node.target = target = path if path in layers else spelled(root, path)
+        if target in state:
+            continue
+        if path in layers:
+            state[target] = layers[path]
+        elif path in captured.constants:
+            state[target] = _copied(captured.constants[path], memo)
+        else:
+            owner, _, name = path.rpartition(".")
+            holder = root.get_submodule(owner)
+            state[target] = _copied(getattr(holder, name), memo)
+            if name in holder._non_persistent_buffers_set:
+                hidden.append(target)
+    graph.owning_module, graph._tracer_cls = None, Reader
+    loose = [(m, t.rpartition(".")[2]) for t in state if (m := _holder(t, state)) is not None]
+    for module, name in loose:
+        del module.__dict__[name]
+    result = GraphModule(state, graph, type(root).__name__)
+    for module, name in loose:  # the module computes it anew at every call, so it is no buffer
+        module.__dict__[name] = module._buffers.pop(name)
+    result.training = False
+    for module in result.modules():
+        if type(module) is nn.Module:  # the containers that GraphModule made for the paths
+            module.training = False
+    keep(result, {n: getattr(root, n) for n in (*HOOKS, *FLAGS) if getattr(root, n, None)}, tuple(hidden))
+    return result
+
+
+def spelled(root: nn.Module, path: str) -> str:
+    """`path` with an underscore behind keywords of Python: a graph's code cannot say `self.heads.class`."""
+    if not any(map(keyword.iskeyword, path.split("."))):
+        return path
+    module: Any = root
+    names = []
+    for part in path.split("."):
+        name = part
+        while keyword.iskeyword(name) or (name != part and hasattr(module, name)):
+            name += "_"
+        names.append(name)
+        module = getattr(module, part, None)
+    return ".".join(names)
+
+
+def _holder(target: str, state: Mapping[str, Any]) -> nn.Module | None:
+    """The module of `state` in which the tensor at `target` is a plain attribute, such as a pruned weight."""
+    owner, _, name = target.rpartition(".")
+    parts = owner.split(".")
+    for i in range(len(parts), 0, -1):
+        above = state.get(".".join(parts[:i]))
+        if isinstance(above, nn.Module):
+            module = above.get_submodule(".".join(parts[i:]))
+            return module if name in module.__dict__ else None
+    return None
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; modules without state of their own take a shorter way to the same."""
+    if type(value) in STATELESS and id(value) not in memo:
+        new = value.__class__.__new__(value.__class__)
+        new.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in value.__dict__.items()})
+        memo[id(value)] = new
+        return new
+    return copied(value, memo)

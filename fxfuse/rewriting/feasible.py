@@ -1,0 +1,65 @@
+"""What of a plan can be carried out: its layers built, and left out what their dtype cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import replace
+
+from torch import nn
+from torch.fx import Node
+
+from fxfuse.algebra.constants import Values
+from fxfuse.algebra.operator import Operator
+from fxfuse.planning.sites import Plan, Site, fuses, joined
+from fxfuse.reading.view import View
+from fxfuse.refusal import Refusal
+from fxfuse.rewriting.layers import Stored, blank, layer, sources, tensors
+
+Built = dict[Operator, nn.Module | nn.Parameter]
+
+
+def feasible(plan: Plan, view: View, values: Values | None) -> tuple[Plan, Built]:
+    """The part of `plan` whose weights are finite, with the layer of every operator; nothing is changed.
+
+    Siblings run on their own where their wide layer cannot be had. Without `values` layers have no numbers.
+    """
+    stored, siblings = dict[Operator, Stored | Refusal](), plan.siblings
+    while True:
+        sites = joined(plan.sites, [s for g in siblings for s in g.alone], view.effects.position)
+        wide = {f.exit for g in siblings for f in g.members}
+        ops = list(dict.fromkeys([op for s in sites for op in _operators(s, wide)] + [g.op for g in siblings]))
+        new = [op for op in ops if op not in stored]
+        stored |= {op: blank(op) for op in new} if values is None else tensors(new, values)
+        refused = {op: r.at(op.path) for op in ops if isinstance(r := stored[op], Refusal)}
+        done = _whole_trees([s for s in sites if refused.keys().isdisjoint(_operators(s, wide))], sites)
+        there = {f.exit for s in done for f in fuses(s.segments)}
+        able = tuple(g for g in siblings if g.op not in refused and there.issuperset(f.exit for f in g.members))
+        if able == siblings:
+            break
+        siblings = able
+    shifts = {f.shift for s in done for f in fuses(s.segments)}
+    built: Built = {}
+    for op in ops:
+        numbers = stored[op]
+        if not isinstance(numbers, Refusal):
+            trained = any(map(view.captured.requires_grad, sources(op)))
+            only_bias = numbers[1] if op in shifts else None
+            built[op] = layer(op, numbers, trained) if only_bias is None else nn.Parameter(only_bias, trained)
+    refusals = tuple(dict.fromkeys((*plan.refusals, *refused.values())))
+    return replace(plan, sites=tuple(done), refusals=refusals, siblings=siblings), built
+
+
+def _operators(site: Site, wide: Set[Node]) -> list[Operator]:
+    """The operators of a site that need numbers of their own."""
+    found = [op for f in fuses(site.segments) for op in (None if f.exit in wide else f.op, f.shift)]
+    return [op for op in found if op is not None]
+
+
+def _whole_trees(done: list[Site], sites: list[Site]) -> list[Site]:
+    """Sites that share a factor with one that is left out are left out too: the factor stays."""
+    count = len(sites)
+    while count != len(done):
+        count, whole = len(done), {id(s) for s in done}
+        kept = {n for s in sites if id(s) not in whole for n in s.nodes()}
+        done = [s for s in done if kept.isdisjoint(s.nodes())]
+    return done

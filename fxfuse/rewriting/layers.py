@@ -1,0 +1,121 @@
+"""From records to layers: weights computed in float64, rounded once, in an ordinary nn.Module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.algebra.constants import Attr, Values, leaves
+from fxfuse.algebra.numbers import compute
+from fxfuse.algebra.operator import Operator
+from fxfuse.algebra.terms import Numbers, overflow
+from fxfuse.framed import FRAMED
+from fxfuse.ops import deformable
+from fxfuse.refusal import Refusal
+
+Stored = tuple[Tensor, Tensor | None, Tensor | None]
+PARAMETERS = ("weight", "bias", "frame")  # of a layer, in the order in which they are stored
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+def sources(op: Operator) -> list[Attr]:
+    """The parameters and buffers an operator is computed from, each once."""
+    found = [a for _, c in op.consts for a in leaves(c)]
+    return list(dict.fromkeys(found + [a for o in op.operands for a in sources(o)]))
+
+
+def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | Refusal]:
+    """Weight, bias and frame of every operator as its layer stores them, in the layer's dtype and on its device.
+
+    Refused where that dtype cannot hold the result: numbers that overflow, a channel that vanishes.
+    """
+
+    def reachable(attr: Attr) -> Tensor:
+        tensor = values(attr)
+        return tensor.cpu() if tensor.device.type == "mps" else tensor  # which has no float64
+
+    with torch.no_grad():
+        return {op: _stored(op, compute(op, reachable), values) for op in dict.fromkeys(ops)}
+
+
+def _stored(op: Operator, numbers: Numbers, values: Values) -> Stored | Refusal:
+    device = next((values(a).device for a in sources(op)), torch.device("cpu"))
+    dtype = op.dtype or torch.float32
+    weight = numbers.rounded(dtype, op.groups)
+    if isinstance(weight, Refusal):
+        return weight
+    more = list[Tensor | None]()
+    for wanted, shape, exact in (
+        (op.bias, (op.out_channels,), numbers.bias),
+        (op.framed, (op.out_channels, 1, *op.kernel), numbers.frame),
+    ):
+        rounded = torch.zeros(shape, dtype=dtype) if exact is None else exact.to(dtype)
+        if wanted and exact is not None and exact.device.type != "meta" and not torch.isfinite(rounded).all():
+            return overflow(exact, dtype)
+        more.append(rounded.contiguous().to(device) if wanted else None)
+    if op.transposed:  # back to [C, N/g, *K]
+        weight = weight.reshape(op.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    weight = weight.contiguous(memory_format=_memory_format(op, values, weight))
+    return weight.to(device), more[0], more[1]
+
+
+def _memory_format(op: Operator, values: Values, weight: Tensor) -> torch.memory_format:
+    """Channels last where a kernel in it is, for then PyTorch's convolutions give such outputs."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim(), torch.contiguous_format)
+    kernels = [values(a) for a in sources(op) if len(a.shape) == weight.dim()]
+    found = any(not k.is_contiguous() and k.is_contiguous(memory_format=last) for k in kernels)
+    return last if found else torch.contiguous_format
+
+
+def blank(op: Operator) -> Stored:
+    """Weight, bias and frame of the right shapes without storage, for a dry run."""
+    pair = (op.out_channels, op.input_width // op.groups)
+    if op.transposed:
+        pair = (op.input_width, op.out_channels // op.groups)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=op.dtype, device="meta")
+
+    bias = empty(op.out_channels) if op.bias else None
+    return empty(*pair, *op.kernel), bias, empty(op.out_channels, 1, *op.kernel) if op.framed else None
+
+
+def _uninitialized(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` without the random initial weights that would be overwritten at once."""
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+
+
+_BLANK = {c: _uninitialized(c) for c in (*_CONV.values(), *_CONV_TRANSPOSE.values(), *FRAMED.values(), nn.Linear)}
+
+
+def layer(op: Operator, stored: Stored, requires_grad: bool) -> nn.Module:
+    """The nn.Conv*, nn.ConvTranspose*, nn.Linear or framed convolution that executes `op`, in eval mode."""
+    weight, bias, frame = stored
+    if op.kind == "warp":
+        return deformable.layer(op, weight, bias, requires_grad)
+    built: nn.Module
+    if op.spatial == 0:
+        cls: type[nn.Module] = nn.Linear
+        built = _BLANK[cls](op.in_channels, op.out_channels, bias is not None, device="meta")
+    else:
+        mode = op.padding_mode
+        padding = tuple(low for low, _ in op.padding)
+        outside = any(low != high for low, high in op.padding) or op.pad_value != 0
+        if outside and op.pads:  # an F.pad before the layer does it, or a framed layer itself
+            padding, mode = (0,) * len(padding), "zeros"
+        fields = {"stride": op.stride, "padding": padding, "dilation": op.dilation, "groups": op.groups}
+        fields |= {"output_padding": op.output_padding} if op.transposed else {"padding_mode": mode}
+        fields |= {"sides": op.padding} if op.framed else {}
+        cls = (_CONV_TRANSPOSE if op.transposed else FRAMED if op.framed else _CONV)[op.spatial or 0]
+        built = _BLANK[cls](op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta")
+    built.__class__ = cls
+    built.weight = nn.Parameter(weight, requires_grad)
+    if bias is not None:
+        built.bias = nn.Parameter(bias, requires_grad)
+    if frame is not None:
+        built.frame = nn.Parameter(frame, requires_grad)
+    return built.eval()

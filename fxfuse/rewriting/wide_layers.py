@@ -1,0 +1,126 @@
+"""The calls of wide layers, with activations on their outputs, and the slices that their siblings take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from fxfuse.planning.regions import part_nodes
+from fxfuse.planning.sites import Fuse, Run, Siblings
+from fxfuse.planning.slice_readers import RESHAPES
+
+if TYPE_CHECKING:
+    from fxfuse.rewriting.rewriter import Rewriter
+
+Slice = tuple[Node, int, int]  # of what, from which channel on, how many
+
+
+class Wide:
+    """Emits what `groups` of siblings share when the first of them is emitted."""
+
+    def __init__(self, rewriter: Rewriter, groups: Iterable[Siblings]) -> None:
+        self.rewriter, self.graph, self.view = rewriter, rewriter.graph, rewriter.view
+        self.group_of = {f.exit: g for g in groups for f in g.members}
+        self.slices: dict[Node, Node] = {}  # by the exit of a sibling
+        self.cut: dict[Node, Slice] = {}  # what each slice is
+        self.widths: dict[Node, int] = {}  # channels of what is cut
+
+    def slice_of(self, fuse: Fuse, source: Node) -> Node | None:
+        """The slice of a wide layer on `source` that is the output of `fuse`; None where it is no sibling."""
+        group = self.group_of.get(fuse.exit)
+        if group is not None and fuse.exit not in self.slices:
+            self._emit(group, source)
+        return self.slices.get(fuse.exit)
+
+    def _emit(self, group: Siblings, source: Node) -> None:
+        position = self.view.effects.position
+        first = min((self.rewriter.place(f, f.exit) for f in group.members), key=position.__getitem__)
+        with self.graph.inserting_before(first):
+            wide = self.rewriter.call(group.op, source)
+            self._describe(wide, group.members)
+            start = 0
+            for run in group.runs:
+                start = self._run(run, group, wide, start)
+        for node in group.reshaped:
+            node.target = RESHAPES.get(node.target, node.target)
+
+    def _run(self, run: Run, group: Siblings, wide: Node, start: int) -> int:
+        """The slices of one run, which begins at channel `start`; the channel behind it."""
+        members, axis = group.members[run.start : run.stop], -(group.op.spatial or 0) - 1
+        width = sum(f.op.out_channels for f in members)
+        base, offset = wide, start
+        if run.activation is not None:
+            whole = width == group.op.out_channels
+            if not whole:
+                base = self.graph.call_function(torch.narrow, (wide, axis, start, width))
+            inplace = whole and all(n in self.view.effects.writes for n in run.nodes)
+            args, kwargs = run.activation.arguments(inplace)
+            base, offset = self.graph.call_function(run.activation.function, (base, *args), kwargs), 0
+            base.meta = {k: v for k, v in run.nodes[0].meta.items() if k in ("nn_module_stack", "stack_trace")}
+        self.widths[base] = group.op.out_channels if base is wide else width
+        for number, fuse in enumerate(members):
+            count = fuse.op.out_channels
+            piece = base
+            if len(members) > 1 or base is wide:
+                piece = self.graph.call_function(torch.narrow, (base, axis, offset, count))
+                self.cut[piece] = (base, offset, count)
+            self.slices[fuse.exit] = piece
+            if run.nodes:
+                self.rewriter.stand_for(run.nodes[number], piece)
+            offset += count
+        return start + width
+
+    def _describe(self, wide: Node, members: Iterable[Fuse]) -> None:
+        nodes = [n for f in members for p in f.parts for n in part_nodes(p)]
+        affine, path = self.view.affine, self.group_of[next(iter(members)).exit].op.path
+        heaviest = next((n for n in nodes if n in affine and affine[n].op.path == path), nodes[-1])
+        wide.meta = {k: heaviest.meta[k] for k in ("nn_module_stack", "stack_trace") if k in heaviest.meta}
+        wide.meta["fxfuse"] = tuple(dict.fromkeys(n.name for n in nodes))
+
+    def rejoin(self) -> None:
+        """Concatenate what was sliced apart by one slice, or by none where it is the whole."""
+        for node in list(self.graph.nodes) if self.cut else ():
+            affine = self.view.affine.get(node)
+            joined = affine is not None and affine.kind == "concat" and node.args and node.users
+            parts = node.args[0] if joined else None
+            if affine is None or not isinstance(parts, (list, tuple)):
+                continue
+            inputs = self._united(parts, -(affine.spatial or 0) - 1, node)
+            if len(inputs) < len(parts):
+                node.args = (inputs, *node.args[1:])
+                whole = inputs[0] in self.widths and [u for u in inputs[0].users if not self._gone(u)] == [node]
+                if len(inputs) == 1 and whole:
+                    self.rewriter.stand_for(node, inputs[0])
+
+    def _gone(self, node: Node) -> bool:
+        """Whether a node will be erased."""
+        return node in self.rewriter.condemned and all(map(self._gone, node.users))
+
+    def _united(self, parts: Iterable[Node], axis: int, before: Node) -> list[Node]:
+        """Neighbouring slices of one tensor as one."""
+        result = list[Node]()
+        for part in parts:
+            last = self.cut.get(result[-1]) if result else None
+            here = self.cut.get(part)
+            if last is None or here is None or part.args[1] != axis or here[:2] != (last[0], last[1] + last[2]):
+                result.append(part)
+                continue
+            base, start, count = last[0], last[1], last[2] + here[2]
+            gone = [result.pop(), part]
+            with self.graph.inserting_before(before):
+                whole = self.graph.call_function(torch.narrow, (base, axis, start, count))
+            self.cut[whole] = (base, start, count)
+            result.append(whole)
+            self.rewriter.condemned.update(gone)
+        return [self._all_of(n) for n in result]
+
+    def _all_of(self, piece: Node) -> Node:
+        """What a slice is taken of, where it takes all of it."""
+        base, start, count = self.cut.get(piece, (piece, 0, 0))
+        if (start, count) != (0, self.widths.get(base)):
+            return piece
+        self.rewriter.condemned.add(piece)
+        return base
