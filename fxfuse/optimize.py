@@ -20,7 +20,7 @@ from fxfuse.pattern import select
 from fxfuse.refresh import store, stored
 from fxfuse.reporting.report import Report, Reports
 from fxfuse.reporting.verify import verify as compare
-from fxfuse.whole_model import Outcome, Pass, sizes, ways
+from fxfuse.whole_model import Outcome, sizes, ways
 
 logger = logging.getLogger("fxfuse")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -113,7 +113,8 @@ def plan(
     """What `optimize` would do, without reading a weight or building a model. Raises as `optimize`."""
     started = time.perf_counter()
     root, outcome = _run(model, as_tuple(example_inputs), patterns, cost, capture, dry_run=True)
-    params = sum(p.numel() for p in model.parameters()) - outcome.saved
+    saved = sum(b.params - a.params for b, a in zip(outcome.before, outcome.after, strict=True))
+    params = sum(p.numel() for p in model.parameters()) - saved
     return _report(model, root, outcome, params, cost_name(cost), started, dry_run=True)
 
 
@@ -149,12 +150,12 @@ def _run(
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
     root = survey(model, inputs, capture)
     known = inputs_of(model, {p.path: p.module for p in root.walk() if p.captured and p.path}, inputs)
-    outcome = Outcome()
+    outcome = Outcome(selection, price, dry_run)
     for part in root.walk():
         if part.captured is None:
             outcome.stay(part)
         else:
-            outcome.run(Pass.of(part, known.get(part.path) if part.path else inputs, selection, price), dry_run)
+            outcome.run(part, known.get(part.path) if part.path else inputs)
     return root, outcome
 
 

@@ -1,4 +1,4 @@
-"""From the parts of a model to their fused forms: view, plan and rewrite of each graph, inner parts first."""
+"""From the parts of a model to their fused forms: each graph through the pipeline, inner parts first."""
 
 from __future__ import annotations
 
@@ -14,72 +14,42 @@ from fxfuse.capture.example_shapes import propagate
 from fxfuse.capture.parts import Part
 from fxfuse.cost import CostFunction
 from fxfuse.pattern import Selection
-from fxfuse.pipeline import make_plan
-from fxfuse.planning.sites import Plan
-from fxfuse.reading.view import View, look
-from fxfuse.rearranging.positional import by_position
-from fxfuse.rearranging.prepare import prepare
+from fxfuse.pipeline import fuse
 from fxfuse.refresh import Replay
 from fxfuse.refusal import Refusal
 from fxfuse.reporting import describe
 from fxfuse.reporting.report import Fired, Totals
 from fxfuse.rewriting.assemble import keep
-from fxfuse.rewriting.rewriter import Rewriter, drop_identities
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One graph of the model as planned, and the rewriter that carries it out."""
-
-    part: Part
-    view: View
-    plan: Plan
-    before: Totals
-    params: int
-    fired: tuple[Fired, ...] = ()
-
-    @staticmethod
-    def of(part: Part, inputs: tuple[Any, ...] | None, selection: Selection, price: CostFunction) -> Pass:
-        captured = part.captured
-        assert captured is not None
-        params = _numbers(part.module)
-        before = describe.totals(captured.graph, captured.modules, params, None)
-        by_position(captured.graph, captured.modules)
-        drop_identities(captured)
-        view = look(captured, propagate(captured, inputs))
-        before = Totals(before.nodes, before.params, describe.macs(view), before.ops)
-        view, fired = prepare(view, lambda: look(captured, propagate(captured, inputs)), selection, price)
-        return Pass(part, view, make_plan(view, selection, price), before, params, fired)
 
 
 @dataclass
 class Outcome:
     """What came of the parts: fused and refused sites under their full paths, totals, recipes."""
 
+    patterns: Selection
+    price: CostFunction
+    dry_run: bool
     fired: list[Fired] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     replays: tuple[Replay, ...] = ()
     before: list[Totals] = field(default_factory=list)
     after: list[Totals] = field(default_factory=list)
-    saved: int = 0  # parameters fewer, in a dry run
     memo: dict[int, Any] = field(default_factory=dict)
 
-    def run(self, done: Pass, dry_run: bool) -> None:
-        """Rewrite one graph; its module, where anything was fused, is what copies of the model will hold."""
-        part, rewriter = done.part, Rewriter(done.view, dry_run)
-        plan, recipes = rewriter.apply(done.plan)
-        fired = (*done.fired, *describe.fired(plan, done.view, rewriter.names))
-        self.fired += [replace(f, path=_join(part.path, f.path)) for f in fired]
-        self.refused += [r if not part.path else replace(r, where=_join(part.path, r.where)) for r in plan.refusals]
-        macs = None if done.before.macs is None else done.before.macs - sum(f.saved for f in fired)
+    def run(self, part: Part, inputs: tuple[Any, ...] | None) -> None:
+        """Fuse one graph; its module, where anything was fused, is what copies of the model will hold."""
+        assert part.captured is not None
+        captured = replace(part.captured, shapes=propagate(part.captured, inputs))
+        done = fuse(captured, self.patterns, self.price, weights=not self.dry_run)
+        self.fired += [replace(f, path=_join(part.path, f.path)) for f in done.fired]
+        self.refused += [replace(r, where=_join(part.path, r.where)) for r in done.refused]
         self.before.append(done.before)
-        self.after.append(describe.totals(rewriter.graph, rewriter.modules(), 0, macs))
-        self.saved += done.params - rewriter.params() if dry_run else 0
-        if part.path and not fired:
+        self.after.append(done.after)
+        if part.path and not done.fired:
             return  # the module itself is as good, and keeps its class
-        self.replays += (Replay(part.path, recipes, done.view.captured.constants, done.view.captured.held),)
-        if not dry_run:
-            built = self.memo[id(part.module)] = rewriter.build(self.memo)
+        self.replays += (Replay(part.path, done.recipes, captured.constants, captured.held),)
+        if not self.dry_run:
+            built = self.memo[id(part.module)] = done.rewriter.build(self.memo)
             keep(built, {name: getattr(part.module, name) for name in part.asked})
 
     def stay(self, part: Part) -> None:
@@ -113,10 +83,6 @@ def ways(root: Part) -> Iterator[tuple[str, str, str]]:
     """Path, way of capture and, where a module stays Python, the reason."""
     for part in root.walk():
         yield part.path, part.how, part.refused[0].detail if part.captured is None else ""
-
-
-def _numbers(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _join(prefix: str, path: str) -> str:

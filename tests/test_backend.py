@@ -196,7 +196,7 @@ def test_a_failure_leaves_the_model_running(monkeypatch: Any, caplog: pytest.Log
         raise KeyError("nothing works today")
 
     model, x = build(), draw()
-    monkeypatch.setattr("fxfuse.compiling.backend.look", fails)
+    monkeypatch.setattr("fxfuse.pipeline.look", fails)
     f = torch.compile(model, backend=backend, options={"inner": "eager"})
     with torch.no_grad(), caplog.at_level(logging.ERROR, "fxfuse"):
         same(f, model, x)

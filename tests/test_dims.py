@@ -74,7 +74,7 @@ def test_sizes_of_sizes_do_not_grow_without_end() -> None:
         return x
 
     captured = capture(model_of(forward, b=nn.BatchNorm2d(4)).eval())
-    view = look(captured, {})
+    view = look(captured)
     shapings = {n: c for n in captured.graph.nodes if (c := read_shaping(n, captured.modules)) is not None}
     dims = Dims(captured.graph, view.calls, shapings, view.facts, captured.modules)
     assert len(dims.shapes) > 100

@@ -31,7 +31,7 @@ CLAIMS = {
     "refresh": r"optimize: \d+ ms, refresh: \d+ ms\ndifference after a training step: \S+, after refresh: \S+e-\d+",
     "torch_compile": (
         r"first call, compiles .*difference \S+e-\d+\nsecond call .*after a weight changed .*and again .*"
-        r"after load_state_dict .*fxfuse: graph 0/0: would fuse 5 sites"
+        r"after load_state_dict .*fxfuse: graph 0/0: fused 5 sites"
     ),
 }
 WORDS = {"torch_compile": ["aot_eager"]}

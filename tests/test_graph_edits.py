@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 import fxfuse
+from fxfuse.capture.captured import Captured
 from fxfuse.graph_edits import Edit, make_disjoint
 
 
@@ -56,15 +57,15 @@ def test_neighbours_are_changed_one_after_the_other(name: str, capture: str) -> 
 def test_all_edits_are_found_before_the_first_is_made() -> None:
     graph = Graph()
     a, b, c = (graph.placeholder(name) for name in "abc")
-    made = list[str]()
+    made, captured = list[str](), Captured(graph, nn.Module())
 
     def find() -> Any:
         for name, nodes in (("one", (a, b)), ("two", (b, c)), ("three", (c,))):
             assert not made
-            yield Edit(frozenset(nodes), lambda name=name: made.append(name), name)
+            yield Edit(frozenset(nodes), lambda editor, name=name: made.append(name), name)
 
-    assert [edit.told for edit in make_disjoint(find())] == made == ["one", "three"]
-    assert make_disjoint([]) == []
+    assert [edit.told for edit in make_disjoint(captured, find())] == made == ["one", "three"]
+    assert make_disjoint(captured, []) == []
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {

@@ -115,7 +115,7 @@ def holds(fact: Fact, value: Tensor) -> bool:
 def test_facts_hold_for_every_input_that_is_accepted(name: str) -> None:
     op, into, out = OPS[name]
     model = model_of(op, e=torch.ones(2, 3)).eval()
-    view = look(capture(model), {})
+    view = look(capture(model))
     nodes = list(view.captured.graph.nodes)
     source, result = next(n for n in nodes if n.op == "placeholder"), nodes[-1].args[0]
     bounds = [(view.facts[n].low, view.facts[n].high) for n in (source, result)]

@@ -15,19 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxfuse.capture.captured import Captured, Shapes
 from fxfuse.capture.copying import copied
 from fxfuse.capture.guards import restored
-from fxfuse.capture.symbolic import Captured
 
 logger = logging.getLogger("fxfuse")
-
-
-class Shapes(dict[Node, torch.Size]):
-    """Shape of every tensor by the node that gives it, and its dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: dict[Node, torch.dtype] = {}
 
 
 class _Shapes(Interpreter):
@@ -56,14 +48,14 @@ def as_tuple(example_inputs: Any) -> tuple[Any, ...] | None:
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
 
 
-def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, torch.Size]:
-    """Shape of every tensor in the graph; empty without inputs.
+def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> Shapes:
+    """Shape of every tensor in the graph; empty without inputs, or where they are not known ahead.
 
     Raises:
         ValueError: the model does not run on the inputs.
     """
     if inputs is None:
-        return {}
+        return Shapes()
     try:
         inspect.signature(captured.root.forward).bind(*inputs)
     except TypeError as error:
@@ -77,7 +69,7 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> dict[Node, 
         if not any(isinstance(t, FakeTensor) for t in tree_leaves(inputs)):
             run_copy(captured.root, inputs)
         _unknown(error)
-        return {}
+        return Shapes()
     return runner.shapes
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from fxfuse.capture.captured import Captured
 from fxfuse.capture.export.program import export
 from fxfuse.capture.python_use import outside, reach
-from fxfuse.capture.symbolic import Captured, capture, stays, unusable
+from fxfuse.capture.symbolic import capture, stays, unusable
 from fxfuse.names import above
 from fxfuse.refusal import CaptureError, Refusal
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxfuse.algebra.constants import Apply, Attr
+from fxfuse.capture.captured import Captured as Captured
 from fxfuse.capture.guards import guarded
 from fxfuse.capture.tracer import CHECKED
 from fxfuse.capture.tracer import HOOKS as HOOKS
@@ -30,36 +27,6 @@ _LIBRARIES = (
 REMEDY = (
     "optimize the submodules around that line one by one, or make the line independent of its input's data and size"
 )
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One graph, the module it reads its state from, and tensors that only the trace knows.
-
-    `general` tells that the graph holds for every batch and size the model takes.
-    `held` are constants whose values the graph was changed by, with these: it holds for no others.
-    `whole` are the submodules that stay one call each, by path, with what kept them from being traced.
-    """
-
-    graph: Graph
-    root: nn.Module
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    how: str = "symbolic"
-    general: bool = True
-    whole: Mapping[str, str] = field(default_factory=dict)
-    held: dict[Attr | Apply, tuple[int, ...]] = field(default_factory=dict)
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """Every module of the root by each of its paths."""
-        return dict(self.root.named_modules(remove_duplicate=False))
-
-    def requires_grad(self, attr: Attr) -> bool:
-        """Whether a tensor of the root is trained; one that only the trace knows is not."""
-        if attr.path in self.constants:
-            return False
-        owner, _, name = attr.path.rpartition(".")
-        return bool(getattr(self.root.get_submodule(owner), name).requires_grad)
 
 
 def capture(

@@ -6,27 +6,21 @@ import logging
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule
 
 from fxfuse.compiling.compiled_graph import Entry, How, Planned, Variants, attribute, untouched
-from fxfuse.compiling.dynamo_graphs import Traced, exposed_state, frozen_state, inside_regions, number_positions, traced
+from fxfuse.compiling.dynamo_graphs import exposed_state, frozen_state, number_positions, traced
 from fxfuse.compiling.inner_compiler import mode_options
 from fxfuse.compiling.weight_sets import CHECKS, watch_optimizers
 from fxfuse.cost import cost_name, resolve
 from fxfuse.pattern import select
-from fxfuse.pipeline import make_plan
-from fxfuse.reading.view import View, look
-from fxfuse.rearranging.prepare import prepare
-from fxfuse.reporting import describe
+from fxfuse.pipeline import fuse
 from fxfuse.reporting.report import Report
 from fxfuse.rewriting.functional import functional
 from fxfuse.rewriting.layers import PARAMETERS
-from fxfuse.rewriting.rewriter import Rewriter
 
 logger = logging.getLogger("fxfuse")
 DEFAULTS: dict[str, Any] = {
@@ -132,48 +126,29 @@ def _planned(gm: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -
             "torch._inductor.config.freezing is on: weights that change later are not followed; leave it off, "
             "as backend fxfuse bakes weights by itself and follows them"
         )
-    selection, price = select(settings["patterns"]), resolve(settings["cost"])
     exposed = exposed_state(take)
     if exposed:
         take = traced(gm, inputs, exposed)
-    before = describe.totals(take.captured.graph, take.captured.modules, _numbers(inputs, take.state), None)
     held = {str(n.target) for n in take.captured.graph.nodes if n.op in ("get_attr", "call_module")}
     held -= set(take.state.values())
-    view = _look(take)
-    before = replace(before, macs=describe.macs(view))
-    view, prepared = prepare(view, lambda: _look(take), selection, price)
-    plan = make_plan(view, selection, price)
-    rewriter = Rewriter(view, dry_run=True)
-    done, _ = rewriter.apply(plan)
-    fired = (*prepared, *describe.fired(done, view, rewriter.names))
-    macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
-    after = describe.totals(rewriter.graph, rewriter.modules(), rewriter.params(), macs)
+    done = fuse(take.captured, select(settings["patterns"]), resolve(settings["cost"]), weights=False)
     report = Report(
         model=f"graph {gm.meta.get('dynamo_compile_id', '')}".strip(),
-        fired=fired,
-        refused=done.refusals,
-        before=before,
-        after=after,
+        fired=done.fired,
+        refused=done.refused,
+        before=done.before,
+        after=done.after,
         cost=cost_name(settings["cost"]),
         seconds=time.perf_counter() - started,
         capture="dynamo",
-        dry_run=True,
     )
     logger.info("%s", report.headline)
     watch_optimizers()
-    names = {name: op for op, name in rewriter.names.items()}
+    rewriter, names = done.rewriter, {recipe.target: recipe.op for recipe in done.recipes}
     made = functional(rewriter.graph, rewriter.layers)
     folded = {path: (names[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
     constants = {path: attribute(take.captured.root, path) for path in held}
     return Planned(rewriter.graph, take.state, folded, constants, report, take.captured.held)
-
-
-def _look(take: Traced) -> View:
-    """What fxfuse may change of a graph: nothing where gradients or autocast are switched."""
-    view = look(take.captured, take.shapes)
-    for node in inside_regions(take.captured.graph):
-        view.affine.pop(node, None)
-    return view
 
 
 def _tell(text: str) -> None:
@@ -181,10 +156,6 @@ def _tell(text: str) -> None:
     if text not in _told:
         _told.add(text)
         logger.warning(text)
-
-
-def _numbers(inputs: Sequence[Any], state: dict[int, str]) -> int:
-    return sum(inputs[i].numel() for i in state if isinstance(inputs[i], nn.Parameter))
 
 
 def reports(compiled_model: Any) -> tuple[Report, ...]:

@@ -8,7 +8,7 @@ them. Dynamo's own graph is never edited: it reads the placeholders' metadata ag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxfuse.capture.example_shapes import Shapes
-from fxfuse.capture.symbolic import Captured
-from fxfuse.facts.fact import KNOWN
-from fxfuse.names import plain
+from fxfuse.capture.captured import KNOWN, Captured, Shapes
 from fxfuse.ops.spellings import read
 from fxfuse.reading.effects import Effects
-from fxfuse.rearranging.positional import by_position
 
 _INDEX = re.compile(r"\['?(.*?)'?\]|\.([A-Za-z_]\w*)")
-_SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
 _TABLES = {"_modules", "_parameters", "_buffers"}
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, the attribute path of each state argument by its position, and the sizes that are certain."""
+    """A graph, and the attribute path of each state argument by its position."""
 
     captured: Captured
     state: dict[int, str]
-    shapes: Shapes
 
 
 def statistics(gm: GraphModule, training: bool) -> list[int]:
@@ -76,9 +70,8 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
             values[node].target = _put(root, str(node.target), _attribute(gm, str(node.target)))
         elif node.op == "call_module":
             values[node].target = _put(root, str(node.target), gm.get_submodule(str(node.target)))
-    captured = Captured(graph, root.eval(), how="dynamo")
-    by_position(graph, captured.modules)
-    return Traced(captured, paths, _shapes(v for v in values.values() if isinstance(v, Node)))
+    shapes = _shapes(v for v in values.values() if isinstance(v, Node))
+    return Traced(Captured(graph, root.eval(), how="dynamo", shapes=shapes), paths)
 
 
 def frozen_state(gm: GraphModule) -> list[Tensor]:
@@ -111,13 +104,6 @@ def exposed_state(take: Traced) -> frozenset[int]:
     shown = {effects.classes[n] for o in graph.find_nodes(op="output") for n in o.all_input_nodes}
     written |= {str(n.target) for n in graph.find_nodes(op="get_attr") if effects.classes[n] in shown}
     return frozenset(i for i, path in take.state.items() if path in written)
-
-
-def inside_regions(graph: Graph) -> Iterator[Node]:
-    """Nodes between the first and the last switch of gradients or autocast: nothing is fused there."""
-    nodes = list(graph.nodes)
-    switches = [i for i, n in enumerate(nodes) if plain(n.target) in _SWITCHES]
-    yield from nodes[switches[0] : switches[-1]] if switches else ()
 
 
 def is_state(node: Node, value: Any) -> bool:

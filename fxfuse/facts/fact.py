@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr
+from fxfuse.capture.captured import KNOWN
 
 
 @dataclass(slots=True)
@@ -60,9 +61,6 @@ class Fact:
         if dim < 0:
             return dim
         return dim - self.rank if self.rank is not None else None
-
-
-KNOWN = "fxfuse_known"  # in the meta of a node: its sizes, None where they vary, and its dtype, for every input
 
 
 def known(node: Node) -> Fact:

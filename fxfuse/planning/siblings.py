@@ -18,13 +18,13 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr
 from fxfuse.algebra.operator import Operator
-from fxfuse.compiling.dynamo_graphs import inside_regions
 from fxfuse.cost import CostFunction
 from fxfuse.ops.activations import Activation, read
 from fxfuse.pattern import Selection
 from fxfuse.planning.regions import Step, part_nodes
 from fxfuse.planning.sites import Fuse, Plan, Run, Siblings, Site
 from fxfuse.planning.slice_readers import reshaped
+from fxfuse.reading.modes import inside_regions
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 from fxfuse.rewriting.layers import sources

@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr, leaves
 from fxfuse.algebra.operator import Operator
-from fxfuse.capture.symbolic import Captured, stays
+from fxfuse.capture.captured import Captured
+from fxfuse.capture.symbolic import stays
 from fxfuse.facts.fact import Fact
 from fxfuse.facts.infer import infer
 from fxfuse.facts.sizes import Dims
@@ -30,6 +31,7 @@ from fxfuse.reading.border_fill import border_fills
 from fxfuse.reading.effects import Effects, asks_size, shape_reader
 from fxfuse.reading.folding import find_constants, tensor_at
 from fxfuse.reading.layers import LAYERS
+from fxfuse.reading.modes import inside_regions
 from fxfuse.reading.movable.commuting import read_carry
 from fxfuse.reading.movable.dynamic_conv import Dynamic, Finder
 from fxfuse.reading.movable.factor_before_concat import Ahead
@@ -77,9 +79,9 @@ class View:
         return found
 
 
-def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
-    """Read every node of the graph; `shapes` holds output shapes where example inputs gave them."""
-    graph, root = captured.graph, captured.root
+def look(captured: Captured) -> View:
+    """Read every node of the graph as it is now."""
+    graph, root, shapes = captured.graph, captured.root, captured.shapes.copy()
     modules = captured.modules
 
     def attr(path: str) -> Attr | None:
@@ -117,6 +119,8 @@ def look(captured: Captured, shapes: Mapping[Node, torch.Size]) -> View:
         reason = "whether it writes a tensor that is read again depends on strides, which a fusion may change"
         remedy = "use the out-of-place form, or view instead of flatten and reshape"
         affine, refused = {}, {**refused, writer: Refusal(reason, writer.name, remedy)}
+    for node in inside_regions(graph):
+        affine.pop(node, None)
     for node in graph.nodes:
         if node.op == "call_module" and node.target in captured.whole:
             refused[node] = stays(str(node.target), captured.whole[node.target])

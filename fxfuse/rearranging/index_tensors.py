@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr, Values, evaluate, leaves, model_values
 from fxfuse.cost import CostFunction
-from fxfuse.graph_edits import Edit
+from fxfuse.graph_edits import Edit, Editor
 from fxfuse.names import is_aten, plain
 from fxfuse.ops.index_lists import Pick, index_of, pick
 from fxfuse.pattern import Selection
@@ -47,26 +47,11 @@ def write_indices(view: View, patterns: Selection, price: CostFunction) -> Itera
             yield Edit(frozenset((found.permutation.source, old, *old.users)), partial(_write, view, found))
 
 
-def _write(view: View, found: Indexed) -> None:
-    graph, old = view.captured.graph, found.permutation.last
-    with graph.inserting_before(old):
-        index = index_of(found.axis, found.entries)
-        new = graph.call_function(operator.getitem, (found.permutation.source, index))
-    new.meta = {k: v for k, v in old.meta.items() if k != "val"}
-    if isinstance(view.shapes, dict) and old in view.shapes:
-        view.shapes[new] = view.shapes[old]
-    old.replace_all_uses_with(new)
-    _erase(old, view)
+def _write(view: View, found: Indexed, editor: Editor) -> None:
+    old, index = found.permutation.last, index_of(found.axis, found.entries)
+    new = editor.call(old, operator.getitem, (found.permutation.source, index), old, old)
+    editor.replace(old, new, view.constants)
     view.captured.held[found.const] = found.entries
-
-
-def _erase(node: Node, view: View) -> None:
-    """Erase a node and the constants that it alone read: a state dict would go on to offer them, to no effect."""
-    inputs = node.all_input_nodes
-    node.graph.erase_node(node)
-    for source in inputs:
-        if not source.users and source in view.constants:
-            _erase(source, view)
 
 
 def indexed(view: View) -> Iterator[Indexed]:

@@ -19,9 +19,9 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import Ints
+from fxfuse.capture.captured import KNOWN
 from fxfuse.cost import CostFunction
-from fxfuse.facts.fact import KNOWN
-from fxfuse.graph_edits import Edit
+from fxfuse.graph_edits import Edit, Editor
 from fxfuse.ops.index_lists import index_of
 from fxfuse.ops.value_kinds import is_number
 from fxfuse.pattern import Selection
@@ -29,10 +29,8 @@ from fxfuse.reading.movable.shuffles import Shuffle
 from fxfuse.reading.view import View
 from fxfuse.rearranging.permutation_passing import Passed, Permutation, permutation_of
 from fxfuse.rearranging.permutation_routes import Route, Routes
-from fxfuse.rewriting.runtime_checks import RankChecks
 
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_KEPT = ("nn_module_stack", "stack_trace")  # of the metadata of a node, in one that stands for it
 
 
 def move_permutations(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
@@ -54,22 +52,20 @@ def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> Iterat
         written = view.effects.written_between(shuffle.source, at[0], at[-1], shuffle.nodes)
         if written is None and isinstance(routes.find(shuffle.permutation), Route):
             nodes = frozenset((shuffle.source, *shuffle.nodes, *shuffle.nodes[-1].users))
-            yield Edit(nodes, partial(_use, view, shuffle))
+            yield Edit(nodes, partial(_use, shuffle))
 
 
-def _use(view: View, shuffle: Shuffle) -> None:
-    graph, last = view.captured.graph, shuffle.nodes[-1]
-    with graph.inserting_before(last):
-        new = graph.call_function(torch.channel_shuffle, (shuffle.source, shuffle.groups))
-    note(view, last, new, last)
-    last.replace_all_uses_with(new)
+def _use(shuffle: Shuffle, editor: Editor) -> None:
+    last = shuffle.nodes[-1]
     asked = [n for node in shuffle.nodes for n in node.all_input_nodes if n not in shuffle.nodes]
-    for node in reversed(shuffle.nodes):
-        graph.erase_node(node)
-    _drop_unread(asked)
+    new = editor.call(last, torch.channel_shuffle, (shuffle.source, shuffle.groups), last, last)
+    editor.replace(last, new)
+    for node in shuffle.nodes[-2::-1]:
+        editor.erase(node)
+    _drop_unread(asked, editor)
 
 
-def _drop_unread(sizes: list[Node]) -> None:
+def _drop_unread(sizes: list[Node], editor: Editor) -> None:
     """Erase those of these sizes, and of all that is computed of or with them, that nobody reads any more.
 
     `b, _, h, w = x.shape` takes out more than it reads. A size that is left would keep a value from fusing.
@@ -82,7 +78,7 @@ def _drop_unread(sizes: list[Node]) -> None:
             todo += [*node.users, *node.all_input_nodes]
     for node in sorted(near, reverse=True):
         if not node.users:
-            node.graph.erase_node(node)
+            editor.erase(node)
 
 
 def permutations(view: View) -> Iterator[Permutation]:
@@ -92,27 +88,26 @@ def permutations(view: View) -> Iterator[Permutation]:
             yield found
 
 
-def _move(view: View, permutation: Permutation, route: Route) -> None:
+def _move(view: View, permutation: Permutation, route: Route, editor: Editor) -> None:
     (old,), last = permutation.nodes, route.steps[-1]
     reader = view.readers(last.node)[0]
-    nodes = [_renumbered(view, s) if s.rows is not None else s.node for s in route.steps]
+    nodes = [_renumbered(view, s, editor) if s.rows is not None else s.node for s in route.steps]
     source = permutation.source if route.forward else nodes[0]
-    old.replace_all_uses_with(source)
+    for user in list(old.users):
+        editor.rewire(user, old, source)
     if route.forward:
         value = nodes[-1]
     else:
         value, reader = _data(view, last.node, nodes[-1]), nodes[-1]
-    graph = view.captured.graph
-    with graph.inserting_before(reader):
-        if last.reads == permutation.reads:
-            new = graph.node_copy(old, lambda n: value if n is source else n)
-        else:
-            new = graph.call_function(operator.getitem, (value, index_of(-permutation.spatial - 1, last.reads)))
-    note(view, old, new, value)
+    if last.reads == permutation.reads:
+        new = editor.copy(reader, old, source, value)
+    else:
+        index = index_of(-permutation.spatial - 1, last.reads)
+        new = editor.call(reader, operator.getitem, (value, index), old, value)
     ranks = [a.assumes for n in (old, *(s.node for s in route.steps)) if (a := view.affine.get(n)) is not None]
-    RankChecks(graph, view, lambda n: n).check(source, next((r for r in ranks if r is not None), None))
-    reader.replace_input_with(value, new)
-    graph.erase_node(old)
+    editor.check(source, next((r for r in ranks if r is not None), None))
+    editor.rewire(reader, value, new)
+    editor.erase(old)
 
 
 def _data(view: View, node: Node, new: Node) -> Node:
@@ -120,16 +115,16 @@ def _data(view: View, node: Node, new: Node) -> Node:
     return new.all_input_nodes[0] if node not in view.affine else view.affine[node].inputs[0][0]
 
 
-def _renumbered(view: View, step: Passed) -> Node:
+def _renumbered(view: View, step: Passed, editor: Editor) -> Node:
     """A node with the rows of its weights in another order."""
-    node, op, graph = step.node, view.affine[step.node].op, view.captured.graph
+    node, op = step.node, view.affine[step.node].op
     assert step.rows is not None
+    if node.op == "call_module":
+        return _function(view, node, step.rows, editor)
     axis = -(op.spatial or 0) - 1 if op.law == "scale" else 0
-    with graph.inserting_before(node):
-        if node.op == "call_module":
-            return _function(view, node, step.rows)
-        for argument in [n for n in node.all_input_nodes if _has_rows(view.constants.get(n), axis)]:
-            node.replace_input_with(argument, _indexed(argument, axis, step.rows))
+    for argument in [n for n in node.all_input_nodes if _has_rows(view.constants.get(n), axis)]:
+        index = index_of(axis, step.rows)
+        editor.rewire(node, argument, editor.call(node, operator.getitem, (argument, index)))
     return node
 
 
@@ -139,41 +134,27 @@ def _has_rows(value: Any, axis: int) -> bool:
     return wide and value.shape[axis] > 1
 
 
-def _indexed(node: Node, axis: int, rows: Ints) -> Node:
-    return node.graph.call_function(operator.getitem, (node, index_of(axis, rows)))
-
-
-def _function(view: View, node: Node, rows: Ints) -> Node:
+def _function(view: View, node: Node, rows: Ints, editor: Editor) -> Node:
     """The layer that a module call is, as a function of permuted weights."""
-    graph, call = view.captured.graph, view.calls[node]
+    call = view.calls[node]
 
     def row(name: str) -> Node | None:
         held = call.args[name]
-        return None if held is None else _indexed(graph.create_node("get_attr", held.path), 0, rows)
+        if held is None:
+            return None
+        return editor.call(node, operator.getitem, (editor.attribute(node, held.path), index_of(0, rows)))
 
     args, source = call.args, node.all_input_nodes[0]
     if call.op == "conv":
         rest = tuple(args[n] for n in ("stride", "padding", "dilation", "groups"))
-        new = graph.call_function(_FUNCTIONS[call.spatial or 0], (source, row("weight"), row("bias"), *rest))
+        values = (source, row("weight"), row("bias"), *rest)
+        new = editor.call(node, _FUNCTIONS[call.spatial or 0], values, node, node)
     else:
         state = [row(n) for n in ("running_mean", "running_var", "weight", "bias")]
-        new = graph.call_function(F.batch_norm, (source, *state, False, 0.0, args["eps"]))
-    note(view, node, new, node)
+        new = editor.call(node, F.batch_norm, (source, *state, False, 0.0, args["eps"]), node, node)
     fact = view.facts[node].sure or view.facts[node]
     if KNOWN not in new.meta and fact.rank is not None:
         # A batch norm module settles the rank of what it reads, the function does not.
         new.meta[KNOWN] = (tuple(fact.axes.get(a) for a in range(-fact.rank, 0)), None)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    editor.replace(node, new)
     return new
-
-
-def note(view: View, old: Node, new: Node, like: Node) -> None:
-    """Note on a node that stands for another one where that came from, and the shape, which is that of a third."""
-    new.meta = {k: old.meta[k] for k in _KEPT if k in old.meta}
-    if KNOWN in like.meta:
-        new.meta[KNOWN] = like.meta[KNOWN]
-    if isinstance(view.shapes, dict) and like in view.shapes:
-        view.shapes[new] = view.shapes[like]
-        if (dtypes := getattr(view.shapes, "dtypes", None)) is not None and like in dtypes:
-            dtypes[new] = dtypes[like]

@@ -12,22 +12,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from typing import NamedTuple
 
-import torch
 from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.cost import CostFunction
-from fxfuse.facts.fact import KNOWN
-from fxfuse.graph_edits import Edit
+from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
 from fxfuse.reading.affine import Affine
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
-from fxfuse.reporting.report import Fired
+
+
+class Swapped(NamedTuple):
+    """A layer and the pool that runs before it now, and the positions of the layer before and after, where known."""
+
+    layer: Operator
+    pool: Operator
+    positions: tuple[int, ...]
 
 
 def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
@@ -38,7 +43,7 @@ def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]
             if nodes and _allowed(view.affine[nodes[-1]], affine.op, patterns, price):
                 source = view.affine[nodes[-1]].inputs[0][0]
                 touched = frozenset((pool, *nodes, source, *pool.users))
-                yield Edit(touched, partial(_rewire, view, pool, nodes), _swapped(view, pool, nodes))
+                yield Edit(touched, partial(_rewire, view, pool, nodes), _swapped(view, pool, nodes[-1]))
 
 
 def _before(view: View, pool: Node, op: Operator) -> list[Node]:
@@ -64,41 +69,20 @@ def _allowed(layer: Affine, pool: Operator, patterns: Selection, price: CostFunc
     return price(layer.op, pool.pixels) < price(layer.op, Fraction(1))
 
 
-def _swapped(view: View, pool: Node, nodes: list[Node]) -> Fired:
-    conv, op, shapes = view.affine[nodes[-1]].op, view.affine[pool].op, view.shapes
-    positions = [shapes[n].numel() // conv.out_channels for n in (nodes[-1], pool) if n in shapes]
-    macs = [p * conv.macs for p in positions] if len(positions) == 2 else [None, None]
-    width = conv.in_channels
-    first = replace(op, in_channels=width, out_channels=width, groups=width)
-    return Fired(
-        path=conv.path,
-        patterns=("pool_swap",),
-        before=(conv.describe(), op.describe()),
-        after=f"{first.describe()}, {conv.describe()}",
-        macs_before=macs[0],
-        macs_after=macs[1],
-    )
+def _swapped(view: View, pool: Node, conv: Node) -> Swapped:
+    layer, op, shapes = view.affine[conv].op, view.affine[pool].op, view.shapes
+    positions = [shapes[n].numel() // layer.out_channels for n in (conv, pool) if n in shapes]
+    return Swapped(layer, op, tuple(positions))
 
 
-def _rewire(view: View, pool: Node, nodes: list[Node]) -> None:
-    last, conv = nodes[0], nodes[-1]
+def _rewire(view: View, pool: Node, nodes: list[Node], editor: Editor) -> None:
+    last, conv, op = nodes[0], nodes[-1], view.affine[pool].op
     source = view.affine[conv].inputs[0][0]
-    pool.replace_all_uses_with(last)
-    conv.prepend(pool)
-    pool.replace_input_with(last, source)
-    conv.replace_input_with(source, pool)
-    _resize(view, pool, nodes)
-
-
-def _resize(view: View, pool: Node, nodes: list[Node]) -> None:
-    """Correct what is noted of their shapes: all behind the pool have the size it gave, and it has other channels."""
-    axis, width = -(view.affine[pool].op.spatial or 0) - 1, view.affine[nodes[-1]].op.in_channels
-    if pool.meta.get(KNOWN) is not None:
-        sizes, dtype = pool.meta[KNOWN]
-        for node in nodes:
-            node.meta[KNOWN] = (sizes, dtype)
-        pool.meta[KNOWN] = ((*sizes[:axis], width, *sizes[axis:][1:]), dtype)
-    if isinstance(view.shapes, dict) and pool in view.shapes:
-        shape = view.shapes[pool]
-        view.shapes.update(dict.fromkeys(nodes, shape))
-        view.shapes[pool] = torch.Size((*shape[:axis], width, *shape[axis:][1:]))
+    for reader in list(pool.users):
+        editor.rewire(reader, pool, last)
+    editor.move(pool, before=conv)
+    editor.rewire(pool, last, source)
+    editor.rewire(conv, source, pool)
+    for node in nodes:  # all behind the pool have the size it gave, and it has other channels
+        editor.same_shape(node, like=pool)
+    editor.resize(pool, -(op.spatial or 0) - 1, view.affine[conv].op.in_channels)

@@ -12,23 +12,24 @@ from typing import Any
 
 from torch import nn
 from torch._jit_internal import boolean_dispatched
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from fxfuse.capture.tracer import has_hooks
+from fxfuse.graph_edits import Editor
 
 
-def by_position(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
+def by_position(editor: Editor) -> None:
     """Rewrite every call of a function or module that takes a tensor by keyword, where its signature is known."""
-    for node in graph.nodes:
+    for node in editor.graph.nodes:
         if not node.kwargs or node.op not in ("call_function", "call_module"):
             continue
-        for names in _names(node, modules):
+        for names in _names(node, editor.captured.modules):
             args, rest = list(node.args), dict(node.kwargs)
             while len(args) < len(names) and isinstance(rest.get(names[len(args)]), Node):
                 args.append(rest.pop(names[len(args)]))
             if len(args) > len(node.args):
-                node.args, node.kwargs = tuple(args), rest
+                editor.set_arguments(node, args, rest)
                 break
 
 
@@ -48,5 +49,4 @@ def _names(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
             found = get_signature_for_torch_op(target) or []
     for signature in found:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names = [p.name for p in signature.parameters.values() if p.kind in kinds]
-        yield names
+        yield [p.name for p in signature.parameters.values() if p.kind in kinds]

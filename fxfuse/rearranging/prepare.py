@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from fxfuse.capture.captured import Captured
 from fxfuse.cost import CostFunction
-from fxfuse.graph_edits import make_disjoint
+from fxfuse.graph_edits import Editor, make_disjoint
 from fxfuse.pattern import Selection
-from fxfuse.reading.movable.dynamic_conv import give_biases
-from fxfuse.reading.view import View
+from fxfuse.reading.view import View, look
+from fxfuse.rearranging.dynamic_bias import give_biases
+from fxfuse.rearranging.identities import drop_identities
 from fxfuse.rearranging.index_tensors import write_indices
 from fxfuse.rearranging.permutation_moves import move_permutations, use_shuffles
-from fxfuse.rearranging.pool_first import swap
+from fxfuse.rearranging.pool_first import Swapped, swap
+from fxfuse.rearranging.positional import by_position
 from fxfuse.rearranging.sums import regroup
-from fxfuse.reporting.report import Fired
+
+PASSES = ((swap,), (give_biases,), (regroup,), (use_shuffles, write_indices, move_permutations))
 
 
-def prepare(
-    view: View, again: Callable[[], View], patterns: Selection, price: CostFunction
-) -> tuple[View, tuple[Fired, ...]]:
-    """The view of the prepared graph, and what was fused by it; `again` looks at the graph anew."""
-    fired = list[Fired]()
-    for passes in ((swap,), (give_biases,), (regroup,), (use_shuffles, write_indices, move_permutations)):
-        while made := next(filter(None, (make_disjoint(find(view, patterns, price)) for find in passes)), None):
-            fired += [edit.told for edit in made if edit.told is not None]
-            view = again()
-    return view, tuple(fired)
+def tidy(captured: Captured) -> None:
+    """What is done to every graph before it is read."""
+    editor = Editor(captured)
+    by_position(editor)
+    drop_identities(editor)
+
+
+def prepare(view: View, patterns: Selection, price: CostFunction) -> tuple[View, tuple[Swapped, ...]]:
+    """The view of the prepared graph, and the layers that changed places with a pool."""
+    captured, swapped = view.captured, list[Swapped]()
+    for passes in PASSES:
+        while made := next(filter(None, (make_disjoint(captured, p(view, patterns, price)) for p in passes)), None):
+            swapped += [edit.told for edit in made if edit.told is not None]
+            view = look(captured)
+    return view, tuple(swapped)

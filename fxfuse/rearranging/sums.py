@@ -20,10 +20,9 @@ from torch.fx import Node
 from fxfuse.algebra import combine
 from fxfuse.algebra.operator import IDENTITY, Operator
 from fxfuse.cost import CostFunction
-from fxfuse.graph_edits import Edit
+from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
 from fxfuse.reading.view import View
-from fxfuse.rearranging.permutation_moves import note
 from fxfuse.refusal import Refusal
 
 LARGEST = 128  # summands of a group: each is an operator inside the next one
@@ -49,7 +48,7 @@ def regroup(view: View, patterns: Selection, price: CostFunction) -> Iterator[Ed
         groups = [] if tree is None else _groups(view, tree, patterns, price)
         if tree is not None and any(len(g) > 1 and frozenset(g) not in tree.known for g in groups):
             touched = frozenset((root, *tree.inner, *tree.leaves, *root.users))
-            yield Edit(touched, partial(_rewrite, view, tree, groups))
+            yield Edit(touched, partial(_rewrite, tree, groups))
 
 
 def _tree(view: View, root: Node) -> _Tree | None:
@@ -124,24 +123,22 @@ def _one(patterns: Selection, price: CostFunction, f: Operator, g: Operator) -> 
     return both if price(both, Fraction(1)) <= apart else None
 
 
-def _rewrite(view: View, tree: _Tree, groups: list[list[int]]) -> None:
-    graph, root = view.captured.graph, tree.root
+def _rewrite(tree: _Tree, groups: list[list[int]], editor: Editor) -> None:
+    root, alike = tree.root, set[Node]()
 
     def add(a: Node, b: Node) -> Node:
-        new = graph.call_function(operator.add, (a, b))
-        note(view, root, new, a if a in alike else new)  # what else is summed may be of another shape
+        new = editor.call(root, operator.add, (a, b), root, a if a in alike else None)
         if a in alike:
             alike.add(new)
         return new
 
-    with graph.inserting_before(root):
-        parts = list[Node]()
-        for group in groups:
-            alike = {tree.leaves[group[0]]}  # what becomes one layer is of one shape
-            parts.append(reduce(add, [tree.leaves[i] for i in group]))
-        alike = set()
-        whole = reduce(add, parts)
-    note(view, root, whole, root)
-    root.replace_all_uses_with(whole)
-    for node in (root, *tree.inner):
-        graph.erase_node(node)
+    parts = list[Node]()
+    for group in groups:
+        alike = {tree.leaves[group[0]]}  # what becomes one layer is of one shape
+        parts.append(reduce(add, [tree.leaves[i] for i in group]))
+    alike = set()  # what else is summed may be of another
+    whole = reduce(add, parts)
+    editor.same_shape(whole, like=root)
+    editor.replace(root, whole)
+    for node in tree.inner:
+        editor.erase(node)

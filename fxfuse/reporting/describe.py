@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import nn
 from torch.fx import Graph, Node
@@ -14,6 +15,7 @@ from fxfuse.ops.modules import CONVS, NORMS
 from fxfuse.planning.regions import Join, Step, exit_of
 from fxfuse.planning.sites import Fuse, Plan, Siblings, fuses
 from fxfuse.reading.view import View
+from fxfuse.rearranging.pool_first import Swapped
 from fxfuse.reporting.report import Fired, Totals
 
 _ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "addmm": "linear"}
@@ -65,6 +67,21 @@ def _macs(op: Operator, node: Node, view: View) -> int:
     shape, spatial = view.shapes[node], op.spatial or 0
     frame = op.frame_conv.macs * shape[len(shape) - spatial :].numel() if op.framed else 0
     return shape.numel() // op.out_channels * op.macs + frame
+
+
+def swapped(swap: Swapped) -> Fired:
+    """The entry of a layer that changed places with a pool before the plan."""
+    layer, pool, width = swap.layer, swap.pool, swap.layer.in_channels
+    first = replace(pool, in_channels=width, out_channels=width, groups=width)
+    macs = [p * layer.macs for p in swap.positions] if len(swap.positions) == 2 else [None, None]
+    return Fired(
+        path=layer.path,
+        patterns=("pool_swap",),
+        before=(layer.describe(), pool.describe()),
+        after=f"{first.describe()}, {layer.describe()}",
+        macs_before=macs[0],
+        macs_after=macs[1],
+    )
 
 
 def fired(plan: Plan, view: View, names: Mapping[Operator, str]) -> tuple[Fired, ...]:

@@ -81,13 +81,13 @@ def first_difference(
     """The first fused layer whose output differs from the value it stands for."""
     from fxfuse.capture.export.program import export
     from fxfuse.capture.symbolic import capture
-    from fxfuse.rewriting.rewriter import drop_identities
+    from fxfuse.rearranging.prepare import tidy
 
     if not isinstance(fused, GraphModule) or not any("fxfuse_exit" in n.meta for n in fused.graph.nodes):
         return "the model is no single graph in which to look for the place"
     twin = copy.deepcopy(model)
     captured = export(twin, inputs) if how == "export" else capture(twin, inputs)
-    drop_identities(captured)
+    tidy(captured)
     for name, tensor in captured.constants.items():
         setattr(captured.root, name, tensor)
     pairs = [(n.meta["fxfuse_exit"], n) for n in fused.graph.nodes if "fxfuse_exit" in n.meta]

@@ -15,7 +15,6 @@ from torch.fx import Graph, GraphModule, Node
 from fxfuse.algebra.combine import needs_pad
 from fxfuse.algebra.constants import model_values
 from fxfuse.algebra.operator import Operator
-from fxfuse.capture.symbolic import HOOKS, Captured
 from fxfuse.names import above, is_aten
 from fxfuse.ops import schema
 from fxfuse.ops.call import SEVERAL
@@ -39,20 +38,6 @@ class Recipe:
 
     target: str
     op: Operator
-
-
-def drop_identities(captured: Captured) -> int:
-    """Take `nn.Identity` calls out of the graph; how many there were."""
-    modules = captured.modules
-    count = 0
-    for node in list(captured.graph.nodes):
-        if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity and len(node.args) == 1:
-            module = modules[str(node.target)]
-            if not any(getattr(module, h, None) for h in HOOKS) and "forward" not in module.__dict__:
-                node.replace_all_uses_with(node.args[0])
-                captured.graph.erase_node(node)
-                count += 1
-    return count
 
 
 class Rewriter:

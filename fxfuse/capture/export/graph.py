@@ -20,11 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fxfuse.capture.captured import KNOWN, Captured
 from fxfuse.capture.export.arguments import Part, parts
 from fxfuse.capture.export.checks import InputChecks
 from fxfuse.capture.export.conditions import VARIES, Conditions, number
-from fxfuse.capture.symbolic import Captured
-from fxfuse.facts.fact import KNOWN
 from fxfuse.names import plain
 from fxfuse.reading.folding import tensor_at
 from fxfuse.refusal import CaptureError

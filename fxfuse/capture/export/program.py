@@ -24,12 +24,13 @@ from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fxfuse.capture.captured import Captured
 from fxfuse.capture.example_shapes import run_copy
 from fxfuse.capture.export.any_batch import for_any_batch
 from fxfuse.capture.export.arguments import parts
 from fxfuse.capture.export.graph import rebuild
 from fxfuse.capture.guards import attributes, restored
-from fxfuse.capture.symbolic import REMEDY, Captured, _where
+from fxfuse.capture.symbolic import REMEDY, _where
 from fxfuse.capture.tracer import HOOKS, has_hooks
 from fxfuse.refusal import CaptureError
 

@@ -11,27 +11,23 @@ reads is row n of every sample's kernels. In row-major order that row is columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.cost import CostFunction
 from fxfuse.facts.sizes import ONE, Dims, Size, order_of, product
-from fxfuse.graph_edits import Edit
 from fxfuse.ops.call import Call
 from fxfuse.ops.movement import RESHAPES
-from fxfuse.pattern import Selection
 from fxfuse.reading.affine import Affine
 from fxfuse.reading.movable.factor_ways import Division, factors_after
 
 if TYPE_CHECKING:
-    from fxfuse.reading.view import View
+    pass
 
 
 @dataclass(frozen=True)
@@ -145,28 +141,6 @@ class Finder:
             return not lost and (op.spatial is None or op.out_channels == dynamic.channels)
 
         return list(takewhile(fits, factors_after(dynamic.out, self.affine, self.readers)))
-
-
-def give_biases(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
-    """Dynamic convolutions to be given a bias of zeros, mixed as their kernels are, for a shift to go to."""
-    for dynamic in view.unbiased:
-        mixing, op = dynamic.kernels, view.affine[dynamic.kernels].op
-        following = view.affine[view.readers(dynamic.out)[0]].op
-        factor = spread(following, dynamic.channels, op.out_channels // dynamic.channels)
-        if view.calls[mixing].op == "mm" and isinstance(patterns.combine("chain", op, factor), Operator):
-            yield Edit(frozenset((dynamic.conv, mixing)), partial(_give_bias, view.captured.graph, dynamic))
-
-
-def _give_bias(graph: Graph, dynamic: Dynamic) -> None:
-    attention, bank = (*dynamic.kernels.args, *dynamic.kernels.kwargs.values())
-    with graph.inserting_before(dynamic.conv):
-        rows = graph.call_method("narrow", (bank, 1, 0, dynamic.channels))
-        none = graph.call_function(torch.zeros_like, (rows,))
-        bias = graph.call_method("reshape", (graph.call_function(torch.matmul, (attention, none)), (-1,)))
-    if len(dynamic.conv.args) > 2:
-        dynamic.conv.update_arg(2, bias)
-    else:
-        dynamic.conv.update_kwarg("bias", bias)
 
 
 def spread(op: Operator, channels: int, each: int, shift: bool = False) -> Operator:
