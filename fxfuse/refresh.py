@@ -10,8 +10,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxfuse.algebra.constants import Apply, Attr, model_values
+from fxfuse.attributes import tensor_at
 from fxfuse.compiling.weight_sets import bump
-from fxfuse.reading.folding import tensor_at
 from fxfuse.rearranging.index_tensors import Held, changed
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.report import Report

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfuse.attributes import attribute
 from fxfuse.names import operator_named
 
 
@@ -92,8 +93,7 @@ def model_values(model: nn.Module, extra: Mapping[str, Tensor]) -> Values:
     def lookup(attr: Attr) -> Tensor:
         if attr.path in extra:
             return extra[attr.path]
-        owner, _, name = attr.path.rpartition(".")
-        tensor: Tensor = getattr(model.get_submodule(owner), name)
+        tensor: Tensor = attribute(model, attr.path)
         return tensor.detach()
 
     return lookup

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 
+from fxfuse.attributes import owner_of
 from fxfuse.capture.containers import put_back
 from fxfuse.ops.deformable import is_deformable
 from fxfuse.ops.modules import layer_type
@@ -69,8 +70,8 @@ class FuseProxy(Proxy):
 
     def __len__(self) -> int:
         if self.node.op == "get_attr" and isinstance(self.tracer, FuseTracer):
-            owner, _, name = str(self.node.target).rpartition(".")
-            tables = self.tracer.root.get_submodule(owner).__dict__
+            owner, name = owner_of(self.tracer.root, str(self.node.target))
+            tables = vars(owner)
             return len((tables["_parameters"] | tables["_buffers"])[name])  # a weight's size is known
         return super().__len__()
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxfuse.compiling.compiled_graph import Entry, How, Planned, Variants, attribute, untouched
+from fxfuse.attributes import attribute
+from fxfuse.compiling.compiled_graph import Entry, How, Planned, Variants, untouched
 from fxfuse.compiling.dynamo_graphs import exposed_state, frozen_state, number_positions, traced
 from fxfuse.compiling.inner_compiler import mode_options
 from fxfuse.compiling.weight_sets import CHECKS, watch_optimizers

@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import Operator
+from fxfuse.attributes import attribute
 from fxfuse.compiling.dynamo_graphs import frozen_state, statistics
 from fxfuse.compiling.inner_compiler import compiled
 from fxfuse.compiling.weight_sets import WeightSet, touch
@@ -310,11 +311,6 @@ def module_of(graph: Graph, held: dict[str, Any], dynamo: GraphModule) -> GraphM
     sources: Any = known | {name: LocalSource(f"fxfuse {name}") for name in names}
     gm._param_name_to_source = sources
     return gm
-
-
-def attribute(gm: torch.nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(gm.get_submodule(owner), name)
 
 
 def _no_autocast() -> Any:

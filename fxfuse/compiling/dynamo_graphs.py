@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from fxfuse.attributes import attribute
 from fxfuse.capture.captured import KNOWN, Captured, Shapes
 from fxfuse.ops.spellings import read
 from fxfuse.reading.effects import Effects
@@ -67,7 +68,7 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
             continue
         values[node] = graph.node_copy(node, values.__getitem__)
         if node.op == "get_attr":  # state that a global freezing left there, constants, graphs of branches
-            values[node].target = _put(root, str(node.target), _attribute(gm, str(node.target)))
+            values[node].target = _put(root, str(node.target), attribute(gm, str(node.target)))
         elif node.op == "call_module":
             values[node].target = _put(root, str(node.target), gm.get_submodule(str(node.target)))
     shapes = _shapes(v for v in values.values() if isinstance(v, Node))
@@ -77,7 +78,7 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
 def frozen_state(gm: GraphModule) -> list[Tensor]:
     """Parameters and buffers that inductor's global freezing made attributes of Dynamo's graph."""
     sources = getattr(gm, "_param_name_to_source", None) or {}
-    values = {str(n.target): _attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
+    values = {str(n.target): attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
     return [v for n, v in values.items() if isinstance(v, nn.Parameter) or (n in sources and isinstance(v, Tensor))]
 
 
@@ -151,11 +152,6 @@ def _put(root: nn.Module, path: str, value: Any) -> str:
         else:
             setattr(holder, free, value)
     return ".".join((*owners, free))
-
-
-def _attribute(gm: GraphModule, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(gm.get_submodule(owner), name)
 
 
 def _shapes(nodes: Any) -> Shapes:

@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxfuse.algebra.constants import Apply, Attr, freeze
+from fxfuse.attributes import owner_of, tensor_at
 from fxfuse.capture.tracer import has_hooks
 from fxfuse.names import operator_name, plain
 from fxfuse.ops import schema
@@ -55,21 +56,9 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
     return found
 
 
-def tensor_at(root: nn.Module, path: str) -> Tensor | None:
-    """The plain tensor `root` holds at `path`; None for anything else, subclasses and sparse ones included."""
-    value: Any = root
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    ordinary = type(value) in (Tensor, nn.Parameter, nn.Buffer) or (
-        isinstance(value, Tensor) and type(value).__torch_function__ is torch._C._disabled_torch_function_impl
-    )
-    return value if ordinary and value.layout is torch.strided else None
-
-
 def _replaced_by_hook(root: nn.Module, path: str) -> bool:
     """Whether a hook may put another tensor there, as pruning and the older weight_norm do."""
-    owner, _, name = path.rpartition(".")
-    module = root.get_submodule(owner)
+    module, name = owner_of(root, path)
     return name in module.__dict__ and has_hooks(module)
 
 

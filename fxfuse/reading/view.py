@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr, leaves
 from fxfuse.algebra.operator import Operator
+from fxfuse.attributes import tensor_at
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.symbolic import stays
 from fxfuse.facts.fact import Fact
@@ -29,7 +30,7 @@ from fxfuse.reading.affine import Affine, Unknown
 from fxfuse.reading.arithmetic import ARITHMETIC
 from fxfuse.reading.border_fill import border_fills
 from fxfuse.reading.effects import Effects, asks_size, shape_reader
-from fxfuse.reading.folding import find_constants, tensor_at
+from fxfuse.reading.folding import find_constants
 from fxfuse.reading.layers import LAYERS
 from fxfuse.reading.modes import inside_regions
 from fxfuse.reading.movable.commuting import read_carry

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from fxfuse.attributes import owner_of
 from fxfuse.capture.copying import copied
 from fxfuse.capture.retracer import Reader
 from fxfuse.capture.symbolic import HOOKS, Captured
@@ -40,8 +41,8 @@ class Keep:
         for name, value in self.attributes.items():
             setattr(module, name, copy.copy(value))
         for target in self.hidden:
-            owner, _, name = target.rpartition(".")
-            module.get_submodule(owner)._non_persistent_buffers_set.add(name)
+            owner, name = owner_of(module, target)
+            owner._non_persistent_buffers_set.add(name)
 
 
 def keep(module: GraphModule, attributes: dict[str, Any], hidden: tuple[str, ...] = ()) -> None:
@@ -74,8 +75,7 @@ def assemble(
         elif path in captured.constants:
             state[target] = _copied(captured.constants[path], memo)
         else:
-            owner, _, name = path.rpartition(".")
-            holder = root.get_submodule(owner)
+            holder, name = owner_of(root, path)
             state[target] = _copied(getattr(holder, name), memo)
             if name in holder._non_persistent_buffers_set:
                 hidden.append(target)

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxfuse.algebra.combine import needs_pad
 from fxfuse.algebra.constants import model_values
 from fxfuse.algebra.operator import Operator
+from fxfuse.attributes import attribute
 from fxfuse.names import above, is_aten
 from fxfuse.ops import schema
 from fxfuse.ops.call import SEVERAL
@@ -315,9 +316,8 @@ class Rewriter:
             if node.op == "call_module":
                 used.update((id(p), p.numel()) for p in modules[str(node.target)].parameters())
             elif node.op == "get_attr" and node.target not in self.view.captured.constants:
-                owner, _, name = str(node.target).rpartition(".")
                 made = self.layers.get(str(node.target))
-                value = getattr(root.get_submodule(owner), name) if made is None else made
+                value = attribute(root, str(node.target)) if made is None else made
                 used.update({id(value): value.numel()} if isinstance(value, nn.Parameter) else {})
         return sum(used.values())
 

@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fxfuse.attributes import attribute, tensor_at
 from fxfuse.capture.captured import KNOWN, Captured
 from fxfuse.capture.export.arguments import Part, parts
 from fxfuse.capture.export.checks import InputChecks
 from fxfuse.capture.export.conditions import VARIES, Conditions, number
 from fxfuse.names import plain
-from fxfuse.reading.folding import tensor_at
 from fxfuse.refusal import CaptureError
 
 _KEPT = ("nn_module_stack", "stack_trace")
@@ -169,9 +169,7 @@ class _Rebuilder:
 
     def _path(self, target: str) -> str:
         """Where the model holds a tensor of the program; a name of its own for one that only the program has."""
-        tensor: Any = self.source
-        for name in target.split("."):
-            tensor = getattr(tensor, name)
+        tensor = attribute(self.source, target)
         if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor):
             raise CaptureError(f"the forward uses {target}, a {type(tensor).__name__} that a graph cannot hold")
         if id(tensor) in self.paths:
