@@ -12,6 +12,7 @@ import fxfuse.algebra.combine
 import fxfuse.algebra.numbers
 import fxfuse.capture.guards
 import fxfuse.capture.tracer
+import fxfuse.ops.memory
 import fxfuse.ops.modules
 import fxfuse.ops.spellings
 import fxfuse.reading.arithmetic
@@ -39,7 +40,7 @@ def everywhere(patch: Patch, name: str, value: Any) -> None:
     for module in (
         fxfuse.capture.tracer,
         fxfuse.ops.spellings,
-        fxfuse.reading.effects,
+        fxfuse.ops.memory,
         fxfuse.ops.modules,
         fxfuse.reading.folding,
         fxfuse.capture.guards,
@@ -49,7 +50,7 @@ def everywhere(patch: Patch, name: str, value: Any) -> None:
 
 
 def no_write(patch: Patch) -> None:
-    patch.setattr(fxfuse.reading.effects, "_written", lambda node, call, modules: [])
+    patch.setattr(fxfuse.ops.memory, "written", lambda node, call, modules: [])
 
 
 def no_alpha(patch: Patch) -> None:

@@ -20,7 +20,8 @@ from torch.fx import Node, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.capture.containers import put_back
-from fxfuse.capture.tracer import INPLACE, has_hooks
+from fxfuse.ops.memory import INPLACE, storage
+from fxfuse.ops.modules import has_hooks
 from fxfuse.refusal import CaptureError
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -150,11 +151,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in _tensors(v)]
     return [value] if isinstance(value, Tensor) else []
-
-
-def storage(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
-    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -14,7 +14,6 @@ from torch.fx import Graph, GraphModule, Node
 from fxfuse.capture.captured import Captured as Captured
 from fxfuse.capture.guards import guarded
 from fxfuse.capture.tracer import CHECKED
-from fxfuse.capture.tracer import HOOKS as HOOKS
 from fxfuse.capture.tracer import FuseTracer as FuseTracer
 from fxfuse.refusal import CaptureError, Refusal
 

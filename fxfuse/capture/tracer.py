@@ -27,28 +27,17 @@ from torch.fx.proxy import Attribute
 from fxfuse.attributes import owner_of
 from fxfuse.capture.containers import put_back
 from fxfuse.ops.deformable import is_deformable
-from fxfuse.ops.modules import layer_type
+from fxfuse.ops.memory import INPLACE
+from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded, is_number, is_tensor, number_type
 from fxfuse.refusal import CaptureError
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
-INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
 CHECKED = "fxfuse_default"
 _RESHAPES = set(
     "squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ resize_ resize_as_ as_strided_ set_ rename_".split()
 )
 _ATTRIBUTES = {n: inspect.getattr_static(Tensor, n) for n in dir(Tensor) if not n.startswith("_")}
 _PROPERTIES = {n for n, a in _ATTRIBUTES.items() if isinstance(a, (property, GetSetDescriptorType))}
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in HOOKS)
 
 
 class FuseProxy(Proxy):

@@ -21,8 +21,8 @@ from fxfuse.names import plain
 from fxfuse.ops.call import Call
 from fxfuse.ops.index_lists import pick
 from fxfuse.ops.movement import elementwise, pooled
+from fxfuse.ops.questions import rank_check
 from fxfuse.ops.value_kinds import is_number
-from fxfuse.reading.effects import rank_check
 
 
 def infer(

@@ -15,11 +15,11 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fxfuse.facts.fact import Fact
-from fxfuse.names import is_aten, plain
+from fxfuse.names import plain
 from fxfuse.ops.call import Call
 from fxfuse.ops.index_lists import pick
 from fxfuse.ops.movement import elementwise, ints_of, pooled
-from fxfuse.ops.value_kinds import settled
+from fxfuse.ops.questions import SIZE, asks
 
 
 class Size(NamedTuple):
@@ -44,7 +44,6 @@ class Size(NamedTuple):
 
 Shape = tuple[Size, ...]
 ONE = Size(1)
-_SIZE = ("size", "sym_size")
 LONG = 8  # unknowns in one product
 _SAME = {"batch_norm", "dropout", "identity", "neg", "channel_shuffle", "flip", "same", "cast", "layer_norm"}
 
@@ -241,7 +240,7 @@ class Dims:
         """What a node that asks for sizes, or computes with them, gives."""
         args: Any = node.args
         source = args[0] if args else None
-        if node.target is getattr or plain(node.target) in _SIZE:
+        if node.target is getattr or plain(node.target) in SIZE:
             shape = self.of(source)
             if shape is not None and (node.target is getattr or len(args) == 1):
                 self.values[node] = shape
@@ -301,21 +300,3 @@ def _keeps_size(call: Call) -> bool:
 def _index(dim: Any, rank: int) -> int | None:
     """`dim` counted from the front."""
     return dim % rank if isinstance(dim, int) and -rank <= dim < rank else None
-
-
-def asks(node: Node, known: dict[Node, bool] | None = None) -> bool:
-    """Whether a node asks for a shape, or computes with one; `known` keeps the answers for one graph."""
-    return settled(node, {} if known is None else known, _asks, any)
-
-
-def _asks(node: Node) -> bool | list[Node]:
-    if node.op == "call_method":
-        return node.target == "size"
-    if is_aten(node):
-        return plain(node.target) in _SIZE
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] == "shape"
-    computes = node.target in (operator.getitem, operator.mul, operator.floordiv, operator.add)
-    return [a for a in node.args if isinstance(a, Node)] if computes else False

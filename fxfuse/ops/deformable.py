@@ -17,7 +17,6 @@ from torch.fx import Graph, Node
 from fxfuse.algebra.operator import Operator
 from fxfuse.names import plain
 from fxfuse.ops.call import Call
-from fxfuse.reading.affine import Affine, Facts, data, ints, one_dtype, optional, tensor, unary
 
 NAME = "deform_conv2d"
 _HOME = "torchvision.ops.deform_conv"
@@ -64,30 +63,6 @@ def read_module(node: Node, module: Any, path: str, state: dict[str, Any]) -> Ca
         return None
     fields = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
     return Call("deform", args | fields | state, 2, path)
-
-
-def lift(call: Call, facts: Facts, node: Node) -> Affine:
-    weight, bias = tensor(call, "weight", 4), optional(call, "bias")
-    padding = ints(call.args["padding"], 2)
-    channels = facts[data(call)].channels(2) or weight.shape[1]
-    op = Operator(
-        kind="warp",
-        law="conv",
-        spatial=2,
-        in_channels=channels,
-        out_channels=weight.shape[0],
-        kernel=weight.shape[2:],
-        stride=ints(call.args["stride"], 2),
-        dilation=ints(call.args["dilation"], 2),
-        padding=tuple((p, p) for p in padding),
-        output_padding=(0, 0),
-        groups=max(channels // max(weight.shape[1], 1), 1),
-        bias=bias is not None,
-        dtype=one_dtype(weight, bias),
-        path=call.path or (weight.path.rpartition(".")[0] if hasattr(weight, "path") else "") or node.name,
-        consts=(("weight", weight), ("bias", bias)),
-    )
-    return unary(call, op)
 
 
 def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Module:

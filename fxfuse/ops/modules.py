@@ -6,6 +6,7 @@ from torch import nn
 
 from fxfuse.framed import FRAMED
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CONVS: dict[type[nn.Module], int] = {
     **{layer: spatial for spatial, layer in FRAMED.items()},
     nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3,
@@ -34,6 +35,10 @@ _HARMLESS = set(
     "extra_repr reset_parameters reset_running_stats _get_name".split()
 )
 _STATE = set("weight bias running_mean running_var".split())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) for name in HOOKS)
 
 
 def layer_type(module: nn.Module) -> type[nn.Module] | None:

@@ -16,10 +16,10 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxfuse.capture.tracer import has_hooks
 from fxfuse.names import is_aten
 from fxfuse.names import plain as plain_name
 from fxfuse.ops.call import Call
+from fxfuse.ops.modules import has_hooks
 from fxfuse.ops.schema import bound
 from fxfuse.ops.spellings import ELEMENTWISE_MODULES
 from fxfuse.ops.spellings import elementwise as elementwise_call

@@ -17,12 +17,11 @@ from torch import nn
 from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr
-from fxfuse.capture.tracer import has_hooks
 from fxfuse.framed import FRAMED
 from fxfuse.names import is_aten, plain
 from fxfuse.ops import aten, deformable
 from fxfuse.ops.call import Call
-from fxfuse.ops.modules import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, layer_type, replaced_forward
+from fxfuse.ops.modules import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, has_hooks, layer_type, replaced_forward
 from fxfuse.refusal import Refusal
 
 

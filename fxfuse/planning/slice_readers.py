@@ -17,8 +17,9 @@ from torch.fx import Node
 
 from fxfuse.names import is_aten, plain
 from fxfuse.ops import schema
+from fxfuse.ops.memory import fresh
 from fxfuse.ops.movement import plain as plain_module
-from fxfuse.reading.effects import fresh, shape_reader
+from fxfuse.ops.questions import shape_reader
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 

@@ -9,7 +9,6 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr, leaves
 from fxfuse.algebra.operator import IDENTITY, Operator, pointwise
-from fxfuse.ops import deformable
 from fxfuse.ops.call import Call
 from fxfuse.reading.affine import (
     PASS_EXAMPLES,
@@ -196,12 +195,36 @@ def _identity(call: Call, facts: Facts, node: Node) -> Affine:
     return unary(call, replace(IDENTITY, path=call.path or node.name))
 
 
+def _deformable(call: Call, facts: Facts, node: Node) -> Affine:
+    weight, bias = tensor(call, "weight", 4), optional(call, "bias")
+    padding = ints(call.args["padding"], 2)
+    channels = facts[data(call)].channels(2) or weight.shape[1]
+    op = Operator(
+        kind="warp",
+        law="conv",
+        spatial=2,
+        in_channels=channels,
+        out_channels=weight.shape[0],
+        kernel=weight.shape[2:],
+        stride=ints(call.args["stride"], 2),
+        dilation=ints(call.args["dilation"], 2),
+        padding=tuple((p, p) for p in padding),
+        output_padding=(0, 0),
+        groups=max(channels // max(weight.shape[1], 1), 1),
+        bias=bias is not None,
+        dtype=one_dtype(weight, bias),
+        path=call.path or (weight.path.rpartition(".")[0] if hasattr(weight, "path") else "") or node.name,
+        consts=(("weight", weight), ("bias", bias)),
+    )
+    return unary(call, op)
+
+
 LAYERS = {
     "conv": _conv,
     "conv_transpose": _conv,
     "linear": _linear,
     "mm": _product,
-    "deform": deformable.lift,
+    "deform": _deformable,
     "batch_norm": _batch_norm,
     "avg_pool": _avg_pool,
     "pad": _pad,

@@ -25,11 +25,12 @@ from fxfuse.facts.infer import infer
 from fxfuse.facts.sizes import Dims
 from fxfuse.ops.call import SEVERAL, Call
 from fxfuse.ops.movement import read_shaping
+from fxfuse.ops.questions import asks_size, shape_reader
 from fxfuse.ops.spellings import read
 from fxfuse.reading.affine import Affine, Unknown
 from fxfuse.reading.arithmetic import ARITHMETIC
 from fxfuse.reading.border_fill import border_fills
-from fxfuse.reading.effects import Effects, asks_size, shape_reader
+from fxfuse.reading.effects import Effects
 from fxfuse.reading.folding import find_constants
 from fxfuse.reading.layers import LAYERS
 from fxfuse.reading.modes import inside_regions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxfuse.capture.tracer import has_hooks
 from fxfuse.graph_edits import Editor
+from fxfuse.ops.modules import has_hooks
 
 
 def drop_identities(editor: Editor) -> None:

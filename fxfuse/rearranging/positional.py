@@ -15,8 +15,8 @@ from torch._jit_internal import boolean_dispatched
 from torch.fx import Node
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
-from fxfuse.capture.tracer import has_hooks
 from fxfuse.graph_edits import Editor
+from fxfuse.ops.modules import has_hooks
 
 
 def by_position(editor: Editor) -> None:

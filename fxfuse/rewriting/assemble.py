@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule
 from fxfuse.attributes import owner_of
 from fxfuse.capture.copying import copied
 from fxfuse.capture.retracer import Reader
-from fxfuse.capture.symbolic import HOOKS, Captured
+from fxfuse.capture.symbolic import Captured
+from fxfuse.ops.modules import HOOKS
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 

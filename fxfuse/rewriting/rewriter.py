@@ -19,12 +19,12 @@ from fxfuse.attributes import attribute
 from fxfuse.names import above, is_aten
 from fxfuse.ops import schema
 from fxfuse.ops.call import SEVERAL
+from fxfuse.ops.questions import rank_check, shape_reader
 from fxfuse.ops.value_kinds import is_number
 from fxfuse.planning.regions import Join, Step, part_nodes, steps_of
 from fxfuse.planning.sites import Fuse, Keep, Plan, Rejoin, Segment, Site
 from fxfuse.planning.size_answers import answers
 from fxfuse.planning.slice_readers import RESHAPES
-from fxfuse.reading.effects import rank_check, shape_reader
 from fxfuse.reading.view import View
 from fxfuse.rewriting.assemble import assemble, spelled
 from fxfuse.rewriting.feasible import feasible

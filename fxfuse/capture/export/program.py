@@ -31,7 +31,7 @@ from fxfuse.capture.export.arguments import parts
 from fxfuse.capture.export.graph import rebuild
 from fxfuse.capture.guards import attributes, restored
 from fxfuse.capture.symbolic import REMEDY, _where
-from fxfuse.capture.tracer import HOOKS, has_hooks
+from fxfuse.ops.modules import HOOKS, has_hooks
 from fxfuse.refusal import CaptureError
 
 # How many dims of an input are left open, most first: what a model cannot leave open is tried narrower.

@@ -1,0 +1,137 @@
+"""What one operation does to memory: what it writes in place, and whether its result may be a view of what it reads."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from fxfuse.names import plain
+from fxfuse.ops import schema
+from fxfuse.ops.call import Call
+from fxfuse.ops.deformable import is_deformable
+from fxfuse.ops.modules import has_hooks, layer_type
+
+_NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
+_INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
+_INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
+_INPLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
+_FRESH_CALLS = {"conv", "conv_transpose", "linear", "batch_norm", "avg_pool", "add", "sub", "mul", "div", "neg"}
+_FRESH_CALLS |= {"cat", "pad", "flip", "index_select", "mm", "deform"}
+_FRESH_NAMES = set(
+    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid softmax log_softmax leaky_relu elu mish "
+    "softplus matmul bmm mm max_pool1d max_pool2d max_pool3d adaptive_avg_pool2d adaptive_max_pool2d layer_norm "
+    "group_norm mean sum amax amin exp sqrt rsqrt pow abs clone clamp interpolate stack max min eq ne lt gt "
+    "scaled_dot_product_attention float_power round floor ceil size dim getattr _assert".split()
+)
+_FRESH_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softmax,
+    nn.LeakyReLU, nn.ELU, nn.Mish, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LayerNorm, nn.GroupNorm,
+    nn.AdaptiveAvgPool2d, nn.Embedding, nn.Upsample,
+)  # fmt: skip
+
+
+def storage(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
+
+
+def written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> list[Node]:
+    """The tensors that `node` may write."""
+    if isinstance(node.target, OpOverload):
+        return schema.written(node)
+    if call is not None and call.op == "batch_norm" and call.args["training"] is not False:
+        return [v for n in ("running_mean", "running_var") if isinstance(v := call.args[n], Node)]
+    out = node.kwargs.get("out")
+    if out is not None:
+        return [n for n in node.all_input_nodes if n is out or (isinstance(out, (tuple, list)) and n in out)]
+    if (call is not None and call.inplace) or _writes_first(node, modules):
+        first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        several = first if isinstance(first, (list, tuple)) else [first]  # torch._foreach_add_ writes a list
+        return [n for n in several if isinstance(n, Node)]
+    if node.op == "call_module" and not _known(modules[str(node.target)]):
+        return node.all_input_nodes
+    return _statistics(node, call)
+
+
+def _statistics(node: Node, call: Call | None) -> list[Node]:
+    """The running statistics that a function updates."""
+    if call is not None and call.op == "batch_norm":
+        found = [call.args[n] for n in ("running_mean", "running_var") if call.args["training"]]
+        return [n for n in found if isinstance(n, Node)]
+    known = getattr(node.target, "__name__", "") in ("batch_norm", "instance_norm", "native_batch_norm")
+    return node.all_input_nodes[1:] if known and call is None else []
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a call is a layer of torch.nn, or torchvision's deformable one, and nothing more."""
+    own = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
+    own = own or layer_type(module) is not None or is_deformable(module)
+    return own and not has_hooks(module) and "forward" not in module.__dict__
+
+
+def own_writes(module: nn.Module) -> list[Tensor]:
+    """The tensors of its own that a call of the module may write."""
+    if not _known(module):
+        return [*module.parameters(), *module.buffers()]
+    if getattr(module, "max_norm", None) is not None:  # an embedding that renormalizes its rows
+        return list(module.parameters())
+    return list(module.buffers()) if module.training else []  # running statistics
+
+
+def _writes_first(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+    if node.op != "call_function":
+        return False
+    if node.target in _INPLACE_OPERATORS:
+        return True
+    name = plain(node.target)
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return bool(_inplace_argument(node))
+
+
+def _inplace_argument(node: Node) -> Any:
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"]
+    if getattr(node.target, "__module__", "") != "torch.nn.functional" or len(node.args) < 2:
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # builtins without a signature have no inplace argument
+        return False
+    index = names.index("inplace") if "inplace" in names else len(node.args)
+    return node.args[index] if index < len(node.args) else False
+
+
+def shared(node: Node, targets: list[Node], call: Call | None, modules: Mapping[str, nn.Module]) -> list[Node]:
+    """The arguments whose memory the result may share, beside those it writes."""
+    if isinstance(node.target, OpOverload):
+        return schema.shared(node)
+    return [] if targets or fresh(node, call, modules) else node.all_input_nodes
+
+
+def fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the result certainly shares no memory with any argument."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if call is not None and call.op in _FRESH_CALLS:
+        return True
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) in _FRESH_MODULES and not has_hooks(module)
+    name = plain(node.target)
+    if name == "getattr":
+        return len(node.args) > 1 and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+    return name in _FRESH_NAMES
