@@ -119,7 +119,7 @@ def written_weights(patch: Patch) -> None:
 
 def subclass_is_its_base(patch: Patch) -> None:
     def layer_type(module: Any) -> Any:
-        return next((t for t in type(module).__mro__ if t in fxfuse.ops.modules._FORWARDS), None)
+        return next((t for t in type(module).__mro__ if t in fxfuse.ops.modules.TYPES), None)
 
     everywhere(patch, "layer_type", layer_type)
 

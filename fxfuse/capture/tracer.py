@@ -26,7 +26,6 @@ from torch.fx.proxy import Attribute
 
 from fxfuse.attributes import owner_of
 from fxfuse.capture.containers import put_back
-from fxfuse.ops.deformable import is_deformable
 from fxfuse.ops.memory import INPLACE
 from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded, is_number, is_tensor, number_type
@@ -162,8 +161,12 @@ class FuseTracer(DictTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         more = has_hooks(m) or "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule)
-        layer = layer_type(m) is not None or is_deformable(m)
-        return more or layer or module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
+        return (
+            more
+            or layer_type(m) is not None
+            or module_qualified_name in self.whole
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         name = args[1] if isinstance(args[1], str) else getattr(args[1], "__name__", "")

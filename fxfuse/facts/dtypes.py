@@ -17,6 +17,7 @@ from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.facts.fact import known_dtype
 from fxfuse.names import is_aten, plain
 from fxfuse.ops.call import SEVERAL, Call
+from fxfuse.ops.modules import runs
 from fxfuse.ops.spellings import ELEMENTWISE_METHODS, elementwise
 
 _CASTS = {"float": torch.float32, "half": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
@@ -115,7 +116,7 @@ def _relate_other(node: Node, found: dict[Node, torch.dtype], modules: Mapping[s
     keeps = (node.op == "call_method" or is_aten(node)) and plain(node.target) in _KEPT_METHODS
     keeps |= node.op == "call_function" and elementwise(node)
     if node.op == "call_module":
-        keeps = type(modules[str(node.target)]).__module__ in _LAYER_MODULES
+        keeps = getattr(runs(modules[str(node.target)]), "__module__", "") in _LAYER_MODULES
     dtype = found.get(source)
     same = not any(isinstance(v, torch.dtype) for v in (*node.args, *node.kwargs.values()))
     if keeps and same and node.all_input_nodes == [source] and dtype is not None and dtype.is_floating_point:

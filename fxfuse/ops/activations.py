@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxfuse.names import is_aten, plain
-from fxfuse.ops.movement import plain as plain_module
+from fxfuse.ops.modules import runs
 from fxfuse.ops.spellings import elementwise
 
 # name: (function, parameters and their defaults, class of torch.nn)
@@ -33,7 +33,7 @@ _TABLE: dict[str, tuple[Callable[..., Any], dict[str, Any], type[nn.Module]]] = 
     "tanh": (torch.tanh, {}, nn.Tanh),
 }
 _ONLY_NEW = {"gelu", "sigmoid", "tanh"}  # without an `inplace` argument
-_CLASSES = {cls: name for name, (_, _, cls) in _TABLE.items()}
+_CLASSES: dict[Any, str] = {cls: name for name, (_, _, cls) in _TABLE.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ def read(node: Node, modules: Mapping[str, nn.Module]) -> Activation | None:
         return None
     if node.op == "call_module":
         module = modules[str(node.target)]
-        name = _CLASSES.get(type(module), "")
-        if not name or not plain_module(module) or len(node.args) + len(node.kwargs) > 1:
+        name = _CLASSES.get(runs(module), "")
+        if not name or len(node.args) + len(node.kwargs) > 1:
             return None
         return Activation(name, tuple(getattr(module, p) for p in _TABLE[name][1]))
     name = plain(node.target).rstrip("_")

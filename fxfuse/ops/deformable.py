@@ -28,8 +28,9 @@ _OPERATOR = (
 
 
 def is_deformable(module: nn.Module) -> bool:
-    """Whether a module is torchvision's layer, and no subclass of it."""
-    return (type(module).__module__, type(module).__name__) == (_HOME, "DeformConv2d")
+    """Whether a module is torchvision's layer, and no subclass of it, with the forward that torchvision gave it."""
+    parts = (type(module), type(module).forward)
+    return [(p.__module__, p.__qualname__) for p in parts] == [(_HOME, "DeformConv2d"), (_HOME, "DeformConv2d.forward")]
 
 
 def read(node: Node) -> Call | None:

@@ -15,8 +15,7 @@ from torch.fx import Node
 from fxfuse.names import plain
 from fxfuse.ops import schema
 from fxfuse.ops.call import Call
-from fxfuse.ops.deformable import is_deformable
-from fxfuse.ops.modules import has_hooks, layer_type
+from fxfuse.ops.modules import layer_type, runs
 
 _NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
@@ -71,10 +70,8 @@ def _statistics(node: Node, call: Call | None) -> list[Node]:
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether a call is a layer of torch.nn, or torchvision's deformable one, and nothing more."""
-    own = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
-    own = own or layer_type(module) is not None or is_deformable(module)
-    return own and not has_hooks(module) and "forward" not in module.__dict__
+    """Whether a call runs one class of torch.nn, or torchvision's deformable one, and nothing more."""
+    return runs(module) is not None and (layer_type(module) is not None or not any(module.children()))
 
 
 def own_writes(module: nn.Module) -> list[Tensor]:
@@ -129,8 +126,7 @@ def fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> bo
     if call is not None and call.op in _FRESH_CALLS:
         return True
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        return type(module) in _FRESH_MODULES and not has_hooks(module)
+        return runs(modules[str(node.target)]) in _FRESH_MODULES
     name = plain(node.target)
     if name == "getattr":
         return len(node.args) > 1 and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")

@@ -16,10 +16,9 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxfuse.names import is_aten
-from fxfuse.names import plain as plain_name
+from fxfuse.names import is_aten, plain
 from fxfuse.ops.call import Call
-from fxfuse.ops.modules import has_hooks
+from fxfuse.ops.modules import runs
 from fxfuse.ops.schema import bound
 from fxfuse.ops.spellings import ELEMENTWISE_MODULES
 from fxfuse.ops.spellings import elementwise as elementwise_call
@@ -88,8 +87,10 @@ _CASTS = {"to", "long", "int", "bool", "bfloat16", "cpu", "cuda"}
 _NOT_METHODS = {"interpolate", "layer_norm", "group_norm", "normalize", "stack", "where", "embedding"}
 _NOT_METHODS |= {"scaled_dot_product_attention", *(f"adaptive_avg_pool{d}d" for d in (1, 2, 3))}
 _POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
-_POOL_MODULES = {getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")}
-_SAME = (nn.Softmax, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_POOL_MODULES: dict[Any, int] = {
+    getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")
+}
+_SAME = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def read_shaping(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
@@ -121,7 +122,7 @@ def read_shaping(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
 
 def _aten(node: Node) -> Call | None:
     """An ATen operator that moves or averages values; ranks and sizes of others are in what the export tells."""
-    name, values = plain_name(node.target).removeprefix("_"), bound(node)
+    name, values = plain(node.target).removeprefix("_"), bound(node)
     if values is None:
         return None
     args = {_ATEN_ARGUMENTS.get(k, k): v for k, v in values.items()}
@@ -150,14 +151,8 @@ def _variadic(node: Node, op: str) -> Call | None:
     return None if isinstance(given, torch.dtype) else Call(op, {"input": node.args[0], "sizes": given})
 
 
-def plain(module: nn.Module) -> bool:
-    """Whether calling the module does what its class in torch.nn does, and nothing else."""
-    own = type(module).__module__.startswith("torch.nn.modules.")
-    return own and not has_hooks(module) and "forward" not in module.__dict__
-
-
 def _module(node: Node, m: nn.Module) -> Call | None:
-    if not plain(m) or len(node.args) != 1 or node.kwargs:
+    if runs(m) is None or len(node.args) != 1 or node.kwargs:
         return None
     args: dict[str, Any] = {"input": node.args[0]}
     if isinstance(m, nn.Flatten):
@@ -181,8 +176,7 @@ def elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if not node.args or not isinstance(node.args[0], Node):
         return False
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        return plain(module) and isinstance(module, ELEMENTWISE_MODULES)
+        return runs(modules[str(node.target)]) in ELEMENTWISE_MODULES
     if node.op == "call_method" and node.target == "type_as":
         return True
     return elementwise_call(node) and node.all_input_nodes == [node.args[0]]
@@ -194,10 +188,9 @@ def pooled(node: Node, modules: Mapping[str, nn.Module]) -> int | None:
         return None
     if node.op == "call_module":
         module = modules[str(node.target)]
-        whole = plain(module) and not getattr(module, "return_indices", False)
-        return _POOL_MODULES.get(type(module)) if whole else None
+        return None if getattr(module, "return_indices", False) else _POOL_MODULES.get(runs(module))
     several = isinstance(node.target, OpOverload) and len(node.target._schema.returns) > 1
-    return _POOL_NAMES.get(plain_name(node.target)) if node.op == "call_function" and not several else None
+    return _POOL_NAMES.get(plain(node.target)) if node.op == "call_function" and not several else None
 
 
 def ints_of(value: Any) -> tuple[int, ...] | None:

@@ -21,7 +21,7 @@ from fxfuse.framed import FRAMED
 from fxfuse.names import is_aten, plain
 from fxfuse.ops import aten, deformable
 from fxfuse.ops.call import Call
-from fxfuse.ops.modules import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, has_hooks, layer_type, replaced_forward
+from fxfuse.ops.modules import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, changed, layer_type
 from fxfuse.refusal import Refusal
 
 
@@ -122,7 +122,7 @@ ELEMENTWISE_METHODS = {
 }  # fmt: skip
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
-    nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Softmax2d,
+    nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign,
 )  # fmt: skip
 
 
@@ -154,19 +154,17 @@ def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
 
 
 def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
-    cls, warps = layer_type(m), deformable.is_deformable(m)
-    if cls is None and not warps:
+    cls = layer_type(m)
+    if cls is None:
         if isinstance(m, TYPES):
             name = next(t.__name__ for t in TYPES if isinstance(m, t))
             reason = f"a subclass or parametrization of nn.{name} computes its own weight or forward"
             return Call("refused", {}, path=path, refusal=Refusal(reason, path, "bake it into a plain module first"))
         return None
     values = [*node.args, *node.kwargs.values()]
-    replaced = "forward" in m.__dict__ or m.__dict__.get("_compiled_call_impl") or (cls and replaced_forward(cls))
-    if has_hooks(m) or replaced:
-        why = "the module's forward was replaced" if replaced else "the module has hooks"
+    if why := changed(m, cls):
         return Call("refused", {}, path=path, refusal=Refusal(why, path, "remove them before optimizing"))
-    if cls is None:
+    if cls not in TYPES:
         state = {n: _state(m, n, path, attr) for n in ("weight", "bias")}
         return deformable.read_module(node, m, path, state)
     if not values or len(values) > 1:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import Node, Proxy
 
 from fxfuse.names import plain
+from fxfuse.ops.modules import runs
 
 _ASKS_SIZE = {"size", "dim", "ndimension", "numel", "stride", "item", "nelement", "__len__"}
 _ASKS_ONE = _ASKS_SIZE - {"stride", "item"}
@@ -96,7 +97,7 @@ def _tensors_in(node: Node, root: nn.Module) -> bool | list[Node]:
         return True
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        place = type(module).__module__
+        place = getattr(runs(module), "__module__", "")
         if place == "torch.nn.modules.activation":
             return not isinstance(module, nn.MultiheadAttention)
         if place == "torch.nn.modules.pooling":

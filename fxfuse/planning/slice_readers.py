@@ -18,7 +18,7 @@ from torch.fx import Node
 from fxfuse.names import is_aten, plain
 from fxfuse.ops import schema
 from fxfuse.ops.memory import fresh
-from fxfuse.ops.movement import plain as plain_module
+from fxfuse.ops.modules import runs
 from fxfuse.ops.questions import shape_reader
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
@@ -91,6 +91,5 @@ def _fresh(user: Node, view: View) -> bool:
 
 def _is_view(user: Node, view: View) -> bool:
     if user.op == "call_module":
-        module = view.captured.modules[str(user.target)]
-        return isinstance(module, _VIEW_MODULES) and plain_module(module)
+        return runs(view.captured.modules[str(user.target)]) in _VIEW_MODULES
     return plain(user.target) in _VIEWS
