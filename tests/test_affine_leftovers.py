@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_untouched, count, fingerprint, randomize
+from law_cases import EVERY, inputs, integers
 from safety import model_of
-from test_laws import EVERY, inputs, integers
 from torch import Tensor, nn
 
 import fxfuse

@@ -15,9 +15,9 @@ from affine_trees import CONVS, NORMS, Affine, Builder, Concat, Select, Sum, Tar
 from helpers import count, randomize
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profiles import few
+from law_cases import BN2, C2, EVERY, GEOMETRIES, ONE, Build, check, flip, inputs, integers, optimized, pad, seq
 from safety import model_of
-from test_laws import BN2, C2, EVERY, GEOMETRIES, ONE, Build, check, flip, inputs, integers, optimized, pad, seq
-from test_properties import few
 from torch import Tensor, nn
 
 import fxfuse

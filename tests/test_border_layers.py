@@ -13,7 +13,7 @@ import torch
 from affine_trees import CONVS, NORMS
 from compiled_models import Counting, compiled, draw, fresh  # noqa: F401 - a fixture of every test
 from helpers import assert_untouched, count, fingerprint, randomize, relative_error
-from test_laws import EVERY, inputs
+from law_cases import EVERY, inputs
 from torch import Tensor, nn
 
 import fxfuse

@@ -6,22 +6,19 @@ on purpose in the traps (as many positions as channels): what decides is which a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_untouched, count, fingerprint, randomize
+from law_cases import Case, integers
 from safety import model_of
-from test_laws import integers
 from torch import Tensor, nn
 
 import fxfuse
 
 LAYERS = ("conv", "linear", "bn", "mul", "div")  # "add" is part of some linear layers
-Forward = Callable[[Any, Tensor], Any]
-Case = tuple[Forward, dict[str, nn.Module], str]
 IMAGES = ((2, 4, 4, 4), (3, 4, 2, 8))  # so that a mean over all positions is exact
 TOKENS = ((2, 4, 4), (3, 8, 4))
 ROWS = ((4, 4), (3, 4))

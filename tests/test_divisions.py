@@ -6,9 +6,8 @@ import pytest
 import torch
 from affine_trees import CONVS, NORMS
 from helpers import assert_untouched, count, fingerprint, randomize
+from law_cases import LAYERS, Case, inputs, integers
 from safety import model_of
-from test_carries import Case
-from test_laws import LAYERS, inputs, integers
 from torch import nn
 
 import fxfuse

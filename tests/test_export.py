@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from block_results import EXPECTED, OPERATIONS, ROUNDING
 from helpers import assert_untouched, count, fingerprint, randomize, relative_error
 from safety import agrees, copied, pickled, usual
-from test_blocks import EXPECTED, OPERATIONS, ROUNDING
 from torch import Tensor, nn
 
 import fxfuse

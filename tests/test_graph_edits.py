@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_untouched, count, fingerprint, randomize
+from law_cases import inputs
 from safety import model_of
-from test_laws import inputs
 from torch import Tensor, nn
 from torch.fx import Graph
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from affine_trees import CONVS, NORMS, POOLS, TRANSPOSED
 from helpers import assert_untouched, count, fingerprint, randomize
+from law_cases import EVERY, LAYERS, inputs, integers
 from safety import model_of
-from test_laws import EVERY, LAYERS, inputs, integers
 from timm.layers import LayerScale, LayerScale2d
 from torch import Tensor, nn
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from itertools import product
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from affine_trees import exact_bits, models
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from hypothesis_profiles import few
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,19 +24,8 @@ from fxfuse import Operator, pattern
 from fxfuse.algebra.operator import IDENTITY
 
 NAMES = "avg_pool border concat conv_bn conv_chain identity parallel_conv pool_swap siblings".split()
-SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
-settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=SLOW, database=None)
-settings.register_profile("hunt", deadline=None, max_examples=3000, suppress_health_check=SLOW)
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fixed")
-settings.load_profile(PROFILE)
-
 Case = tuple[nn.Module, tuple[int, int]]
 Run = tuple[Tensor, Tensor]
-
-
-def few(count: int) -> Any:
-    """So many examples, unless the profile hunts."""
-    return settings() if PROFILE == "hunt" else settings(max_examples=count)
 
 
 def runs(case: Case) -> tuple[nn.Module, list[Run]]:

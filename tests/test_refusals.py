@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from affine_trees import Affine, Concat, Sum
 from helpers import assert_untouched, count, fingerprint, randomize
-from test_laws import BN2, C2, EVERY, LAYERS, Numbers, check, flip, inputs, integers, optimized, pad, seq
+from law_cases import BN2, C2, EVERY, LAYERS, Numbers, check, flip, inputs, integers, optimized, pad, seq
 from torch import Tensor, nn
 
 import fxfuse

@@ -9,8 +9,8 @@ import pytest
 import torch
 from affine_trees import CONVS, NORMS
 from helpers import assert_untouched, count, fingerprint, randomize
+from law_cases import inputs
 from safety import model_of
-from test_laws import inputs
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
