@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import count, randomize
+from law_cases import exact, merged
 from safety import agrees, model_of
-from test_siblings import exact, merged
 from torch import Tensor, nn
 
 import fxfuse

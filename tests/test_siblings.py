@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_untouched, count, fingerprint, randomize
+from helpers import count, randomize
+from law_cases import exact, merged
 from safety import agrees, model_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -27,29 +28,6 @@ def pair(forward: Forward, **parts: Any) -> nn.Module:
     layers: dict[str, Any] = {"f": nn.Conv2d(12, 5, 1), "g": nn.Conv2d(12, 6, 1, bias=False)}
     layers |= {"b": nn.BatchNorm2d(5), "n": nn.BatchNorm2d(6), "a": nn.Conv2d(5, 3, 3, padding=1)}
     return randomize(model_of(forward, **(layers | parts)).double(), integer=True)
-
-
-def integers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=generator).double()
-
-
-def exact(model: nn.Module, shape: tuple[int, ...] = (2, 12, 7, 5), **options: Any) -> tuple[nn.Module, Any]:
-    """The optimized model, equal to eager on two inputs, with its report; optimizing it again changes nothing."""
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model, **options)
-    for seed, batch in enumerate((shape[0], shape[0] + 1)):
-        x = integers((batch, *shape[1:]), torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            got, want = fused(x.clone()), model(x.clone())
-        for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
-            assert torch.equal(a, b) and a.stride() == b.stride()
-    assert_untouched(model, before)
-    assert not fxfuse.report(fxfuse.optimize(fused, **options)).fired
-    return fused, fxfuse.report(fused)
-
-
-def merged(report: Any) -> int:
-    return int(report.by_pattern.get("siblings", 0))
 
 
 def apart(self: Any, x: Tensor) -> Tensor:
