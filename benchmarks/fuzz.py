@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "shared")]
 from fuzz_check import NoModel, check  # noqa: E402
 from random_models import Program, seeded, smaller  # noqa: E402
 

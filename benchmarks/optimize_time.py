@@ -40,7 +40,7 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path += [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests" / "shared")]
 
 import fxfuse  # noqa: E402
 from fxfuse.capture.parts import survey  # noqa: E402

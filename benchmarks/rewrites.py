@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "shared")]
 from helpers import randomize  # noqa: E402
 
 import fxfuse  # noqa: E402

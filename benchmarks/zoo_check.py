@@ -35,7 +35,7 @@ from fxfuse.capture.parts import survey
 from . import zoo_models
 from .executed import Executed
 
-from helpers import assert_untouched, fingerprint, relative_error  # isort: skip  (zoo_models finds tests/)
+from helpers import assert_untouched, fingerprint, relative_error  # isort: skip  (zoo_models finds tests/shared/)
 
 MAX_ERROR, MAX_ERROR_64 = 1e-5, 1e-8
 Record = dict[str, Any]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "tests")]
+sys.path += [str(ROOT), str(ROOT / "tests" / "shared")]
 
 from helpers import randomize  # noqa: E402
 from torchvision_ops import declare_missing_ops  # noqa: E402

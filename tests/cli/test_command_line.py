@@ -21,7 +21,7 @@ from fxfuse.cli.main import main
 from fxfuse.pattern import known
 from fxfuse.reporting import timing
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REPVGG = str(ROOT / "examples" / "blocks" / "repvgg.py")
 SMALL = "models.py:small"
 

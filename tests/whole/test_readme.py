@@ -12,7 +12,7 @@ from torch import nn
 import fxfuse
 from fxfuse import pattern
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+TEXT = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```(python|text)\n(.*?)```", TEXT, re.S)
 
 

@@ -64,9 +64,9 @@ def test_every_fate_of_a_model_and_none_stops_the_run(tmp_path: Path, capsys: py
 
 
 def test_an_interrupt_ends_it_and_loses_no_record(tmp_path: Path) -> None:
-    results, root = tmp_path / "r.jsonl", Path(__file__).parent.parent
+    results, root = tmp_path / "r.jsonl", Path(__file__).parents[2]
     command = [sys.executable, "-m", "benchmarks.zoo", "zoo_fakes:right", "zoo_fakes:hangs", "--results", str(results)]
-    path = os.pathsep.join((str(root), str(root / "tests")))
+    path = os.pathsep.join((str(root), str(root / "tests" / "shared")))
     process = subprocess.Popen(
         [*command, "--optimizer", "zoo_fakes:fateful"], cwd=root, env={**os.environ, "PYTHONPATH": path}
     )
