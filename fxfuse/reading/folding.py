@@ -15,9 +15,9 @@ from torch.fx import Graph, Node
 
 from fxfuse.algebra.constants import Apply, Attr, freeze
 from fxfuse.attributes import owner_of, tensor_at
-from fxfuse.capture.tracer import has_hooks
 from fxfuse.names import operator_name, plain
 from fxfuse.ops import schema
+from fxfuse.ops.modules import has_hooks
 from fxfuse.reading.effects import Effects
 
 _IMPURE = re.compile(
