@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from fxfuse.capture.captured import Captured
 from fxfuse.cost import CostFunction
 from fxfuse.pattern import Selection
-from fxfuse.planning.layer_first import LayerFirst
-from fxfuse.planning.planner import Planner
-from fxfuse.planning.siblings import Gather
-from fxfuse.planning.sites import Plan
-from fxfuse.reading.view import View, look
+from fxfuse.planning.planner import make_plan
+from fxfuse.reading.view import look
+from fxfuse.rearranging.permutations_left import permutations_left
 from fxfuse.rearranging.prepare import prepare, tidy
 from fxfuse.refusal import Refusal
 from fxfuse.reporting import describe
@@ -40,16 +38,12 @@ def fuse(captured: Captured, patterns: Selection, price: CostFunction, weights: 
     view = look(captured)
     before = replace(before, macs=describe.macs(view))
     view, swapped = prepare(view, patterns, price)
+    plan = make_plan(view, patterns, price)
+    left = permutations_left(view, patterns, price, {n for s in plan.sites for n in s.nodes()})
     rewriter = Rewriter(view, dry_run=not weights)
-    plan, recipes = rewriter.apply(make_plan(view, patterns, price))
+    plan, recipes = rewriter.apply(plan)
     fired = (*map(describe.swapped, swapped), *describe.fired(plan, view, rewriter.names))
     macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
     after = describe.totals(rewriter.graph, rewriter.modules(), rewriter.params(), macs)
-    return Fused(captured, rewriter, recipes, fired, plan.refusals, before, after)
-
-
-def make_plan(view: View, patterns: Selection, price: CostFunction) -> Plan:
-    """The whole plan of one graph; no weight is read and nothing is changed."""
-    plan = Planner(view, patterns, price).run()
-    plan = LayerFirst(view, patterns, price).run(plan)
-    return Gather(view, patterns, price).run(plan)
+    refused = tuple(dict.fromkeys((*plan.refusals, *left)))
+    return Fused(captured, rewriter, recipes, fired, refused, before, after)

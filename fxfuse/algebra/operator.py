@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.algebra.constants import Apply, Const
+from fxfuse.algebra.constants import Apply, Attr, Const, leaves
 
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
@@ -87,6 +87,15 @@ class Operator:
     def depthwise(self) -> bool:
         """One input channel for each output channel."""
         return self.groups == self.out_channels == self.input_width
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether its output has the size of its input, whatever that is."""
+        if self.kind == "identity" or self.spatial is None:
+            return self.kind != "carry"
+        whole = self.in_channels == self.out_channels and self.reads is None and not self.transposed
+        geometry = zip(self.kernel, self.stride, self.dilation, self.padding, strict=True)
+        return whole and all(s == 1 and sum(p) == d * (k - 1) for k, s, d, p in geometry)
 
     @property
     def pads(self) -> bool:
@@ -173,6 +182,12 @@ class Operator:
 
 
 IDENTITY = Operator(kind="identity", law="identity")
+
+
+def sources(op: Operator) -> list[Attr]:
+    """The parameters and buffers an operator is computed from, each once."""
+    found = [a for _, c in op.consts for a in leaves(c)]
+    return list(dict.fromkeys(found + [a for o in op.operands for a in sources(o)]))
 
 
 def pointwise(kind: str, law: str, spatial: int, channels: int, **fields: Any) -> Operator:

@@ -64,38 +64,38 @@ def _absorbs(part: Part) -> bool:
 
 def _upward(run: Sequence[Step], layer: Part) -> list[Step]:
     """Factors first, in their order; who reads a batch norm that has moved finds the values in the same order."""
-    moved, rest = list[Step](), list[Step]()
+    first, rest = list[Step](), list[Step]()
     order, blocked = order_of_layer(first_spatial(layer)), False
     for step in run:
         order = order_after(order, step.op)
-        other = None if blocked or step.op.kind != "scale" else _moved(step, rest[::-1], up=True)
+        other = None if blocked or step.op.kind != "scale" else moved(step, rest[::-1], up=True)
         if other is not None and other.moved and step.op.law == "batch_norm":
             keeps = norm_keeps(order, (step.op.spatial or 0) + 2)
             other = None if keeps is None else replace(other, lay=not keeps)
             order = order if keeps else ROWS
         if other is not None:
-            moved.append(other)
+            first.append(other)
         else:
             blocked |= step.op.kind == "scale"  # no other factor can pass this one
             rest.append(step)
-    return [*moved, *rest]
+    return [*first, *rest]
 
 
 def _downward(run: Sequence[Step]) -> list[Step]:
     """Factors last, in their order: the layer after them takes its input in any order."""
-    moved, rest = list[Step](), list[Step]()
+    last, rest = list[Step](), list[Step]()
     blocked = False
     for step in reversed(run):
-        other = None if blocked or step.op.kind != "scale" else _moved(step, rest[::-1], up=False)
+        other = None if blocked or step.op.kind != "scale" else moved(step, rest[::-1], up=False)
         if other is not None:
-            moved.append(other)
+            last.append(other)
         else:
             blocked |= step.op.kind == "scale"
             rest.append(step)
-    return [*rest[::-1], *moved[::-1]]
+    return [*rest[::-1], *last[::-1]]
 
 
-def _moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
+def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
     """`step` moved past others, the nearest first; None where one does not keep its axis."""
     op = step.op
     if not past or op.spatial is None:

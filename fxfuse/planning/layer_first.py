@@ -14,6 +14,7 @@ from torch.fx import Node
 from fxfuse.algebra.operator import Operator
 from fxfuse.cost import CostFunction
 from fxfuse.pattern import Selection
+from fxfuse.planning.overwritten import overwritten
 from fxfuse.planning.regions import Join, Step, part_nodes
 from fxfuse.planning.sites import Fuse, Keep, Plan, Rejoin, Segment, Site, joined
 from fxfuse.planning.size_answers import answers
@@ -110,9 +111,4 @@ class LayerFirst:
         nodes = [n for p in parts for n in part_nodes(p)]
         if self.view.sized and answers(parts, self.view.sized) is None:
             return Refusal("somebody asks for the size of a value between the pool and the layer")
-        effects, source = self.view.effects, self.view.affine[nodes[0]].inputs[0][0]
-        at = [effects.position[n] for n in nodes]
-        writer = effects.written_between(source, min(at), max(at), nodes)
-        if writer is None:
-            return None
-        return Refusal("the pool's input is overwritten in place before the layer runs", detail=f"by {writer.name}")
+        return overwritten(self.view, self.view.affine[nodes[0]].inputs[0][0], nodes)

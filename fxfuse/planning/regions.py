@@ -9,10 +9,10 @@ that tensor's own chain, where nothing outside of the join reads it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import networkx as nx
 from torch.fx import Node
 
 from fxfuse.algebra.operator import IDENTITY, Operator
@@ -102,12 +102,9 @@ def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[N
     copied = {n for root in shared for n in view.passage.trees[root]}
     chains: dict[Node, Chain] = {}
     swallowed: set[Node] = set()
-    flow: nx.MultiDiGraph[Node] = nx.MultiDiGraph()
     for node, affine in view.affine.items():
-        flow.add_node(node)
-        flow.add_edges_from((source, node) for source, _ in affine.inputs)
-    for node, affine in view.affine.items():
-        private = [s in chains and _private(s, node, view, flow) for s, _ in affine.inputs]
+        times = Counter(source for source, _ in affine.inputs)
+        private = [s in chains and times[s] == 1 and view.readers(s) == [node] for s, _ in affine.inputs]
         starts = [chains[s] if p else Chain(s, []) for (s, _), p in zip(affine.inputs, private, strict=True)]
         if node in gone:
             if gone[node] in chains:
@@ -153,11 +150,6 @@ def _join(node: Node, affine: Affine, starts: list[Chain], view: View) -> Join:
         scaled = [Step(None, _times(coefficient))] if coefficient != 1 else []
         branches.extend(Chain(c.source, [*c.parts, *scaled]) for c in group)
     return Join(affine.kind, node, tuple(branches), affine.spatial, tuple(nodes))
-
-
-def _private(source: Node, reader: Node, view: View, flow: nx.MultiDiGraph[Node]) -> bool:
-    """Whether `reader` is the only one to read `source`, and reads it once."""
-    return flow.number_of_edges(source, reader) == 1 and view.readers(source) == [reader]
 
 
 def _times(coefficient: float) -> Operator:

@@ -17,17 +17,17 @@ from fractions import Fraction
 from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr
-from fxfuse.algebra.operator import Operator
+from fxfuse.algebra.operator import Operator, sources
 from fxfuse.cost import CostFunction
 from fxfuse.ops.activations import Activation, read
 from fxfuse.pattern import Selection
+from fxfuse.planning.overwritten import overwritten
 from fxfuse.planning.regions import Step, part_nodes
 from fxfuse.planning.sites import Fuse, Plan, Run, Siblings, Site
 from fxfuse.planning.slice_readers import reshaped
 from fxfuse.reading.modes import inside_regions
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
-from fxfuse.rewriting.layers import sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +157,9 @@ class Gather:
 
     def _blocked(self, members: Sequence[_Member]) -> Refusal | None:
         """What stands in the way of running all of them where the first one runs."""
-        effects, source = self.view.effects, members[0].source
         nodes = [n for m in members for p in m.fuse.parts for n in part_nodes(p)]
-        own = {*nodes, *(e for n in nodes if n in self.view.affine for e in self.view.affine[n].extra)}
-        at = [effects.position[n] for n in nodes]
-        writer = effects.written_between(source, min(at), max(at), own)
-        if writer is not None:
-            return Refusal(
-                "the tensor they all read is overwritten in place before the last of them runs",
-                detail=f"by {writer.name}",
-                remedy="use the out-of-place form",
-            )
+        if refusal := overwritten(self.view, members[0].source, nodes):
+            return refusal
         trained = {any(map(self.view.captured.requires_grad, sources(m.fuse.op))) for m in members}
         if len(trained) > 1:
             return Refusal("some of their weights require gradients and some do not, which one weight cannot tell")

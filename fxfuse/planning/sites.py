@@ -95,6 +95,14 @@ class Siblings:
     reshaped: tuple[Node, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why something stays as it is, and the nodes of which that has been said."""
+
+    refusal: Refusal
+    nodes: tuple[Node, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """All sites with something to fuse, siblings among their layers, and every refusal met on the way."""

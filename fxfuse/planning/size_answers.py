@@ -37,11 +37,4 @@ def answers(parts: Sequence[Step | Join], sized: Sized) -> dict[Node, bool] | No
 
 
 def _keeps_size(part: Step | Join) -> bool:
-    if isinstance(part, Join):
-        return False
-    op = part.op
-    if op.kind == "identity" or op.spatial is None:
-        return op.kind != "carry"
-    whole = op.in_channels == op.out_channels and op.reads is None and not op.transposed
-    geometry = zip(op.kernel, op.stride, op.dilation, op.padding, strict=True)
-    return whole and all(s == 1 and sum(p) == d * (k - 1) for k, s, d, p in geometry)
+    return isinstance(part, Step) and part.op.keeps_size

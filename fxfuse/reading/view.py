@@ -105,6 +105,9 @@ def look(captured: Captured) -> View:
         try:
             result = READERS[call.op](call, facts, node) if call.op in READERS else call.refusal
         except Unknown:
+            if call.op == "batch_norm":
+                reason = "what batch_norm normalizes with is computed when the model runs, or of several dtypes"
+                refused[node] = Refusal(reason, call.path or node.name)
             continue
         if isinstance(result, Affine) and node in fills:
             fill = fills[node]
@@ -122,7 +125,8 @@ def look(captured: Captured) -> View:
         remedy = "use the out-of-place form, or view instead of flatten and reshape"
         affine, refused = {}, {**refused, writer: Refusal(reason, writer.name, remedy)}
     for node in inside_regions(graph):
-        affine.pop(node, None)
+        if (gone := affine.pop(node, None)) is not None and gone.op.law == "batch_norm":
+            refused[node] = Refusal("the forward switches gradients or autocast before it and after it", gone.op.path)
     for node in graph.nodes:
         if node.op == "call_module" and node.target in captured.whole:
             refused[node] = stays(str(node.target), captured.whole[node.target])

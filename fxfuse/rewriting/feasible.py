@@ -9,11 +9,11 @@ from torch import nn
 from torch.fx import Node
 
 from fxfuse.algebra.constants import Values
-from fxfuse.algebra.operator import Operator
+from fxfuse.algebra.operator import Operator, sources
 from fxfuse.planning.sites import Plan, Site, fuses, joined
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
-from fxfuse.rewriting.layers import Stored, blank, layer, sources, tensors
+from fxfuse.rewriting.layers import Stored, blank, layer, tensors
 
 Built = dict[Operator, nn.Module | nn.Parameter]
 

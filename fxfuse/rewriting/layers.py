@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fxfuse.algebra.constants import Attr, Values, leaves
+from fxfuse.algebra.constants import Attr, Values
 from fxfuse.algebra.numbers import compute
-from fxfuse.algebra.operator import Operator
+from fxfuse.algebra.operator import Operator, sources
 from fxfuse.algebra.terms import Numbers, overflow
 from fxfuse.framed import FRAMED
 from fxfuse.ops import deformable
@@ -20,12 +20,6 @@ PARAMETERS = ("weight", "bias", "frame")  # of a layer, in the order in which th
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-
-
-def sources(op: Operator) -> list[Attr]:
-    """The parameters and buffers an operator is computed from, each once."""
-    found = [a for _, c in op.consts for a in leaves(c)]
-    return list(dict.fromkeys(found + [a for o in op.operands for a in sources(o)]))
 
 
 def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | Refusal]:

@@ -16,7 +16,7 @@ from safety import agrees, model_of, normal, pickled, usual
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.planning.planner import STEPS
+from fxfuse.planning.fusing import STEPS
 
 
 def complex_of(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -15,11 +15,11 @@ import fxfuse.capture.tracer
 import fxfuse.ops.memory
 import fxfuse.ops.modules
 import fxfuse.ops.spellings
+import fxfuse.planning.planner
 import fxfuse.reading.arithmetic
 import fxfuse.reading.effects
 import fxfuse.reading.folding
 import fxfuse.reading.view
-from fxfuse.planning.planner import Planner
 
 Patch = pytest.MonkeyPatch
 
@@ -96,7 +96,7 @@ def transposed_axis(patch: Patch) -> None:
 
 
 def across_a_write(patch: Patch) -> None:
-    patch.setattr(Planner, "_overwritten", lambda self, chain: None)
+    patch.setattr(fxfuse.planning.planner, "chain_overwritten", lambda view, chain: None)
 
 
 def every_write_private(patch: Patch) -> None:

@@ -1,0 +1,45 @@
+"""Whether what several nodes read is written in place before the last of them has run, so that they can't be one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch.fx import Node
+
+from fxfuse.planning.regions import Chain, Join, Step, part_nodes, steps_of
+from fxfuse.reading.view import View
+from fxfuse.refusal import Refusal
+
+
+def overwritten(view: View, source: Node, nodes: Sequence[Node], foreign: Iterable[Node] = ()) -> Refusal | None:
+    """Why `nodes`, of which the first read `source`, can't run at one place, if somebody else writes it between them.
+
+    What they write themselves is no hindrance, except for what `foreign` ones write.
+    """
+    effects = view.effects
+    if not effects.writes:
+        return None
+    own = {*nodes, *(w for n in nodes if n in view.affine for w in view.affine[n].extra)} - {*foreign}
+    at = [effects.position[n] for n in nodes]
+    writer = effects.written_between(source, min(at), max(at), own)
+    reason = "its input is overwritten in place before the last layer of the site has run"
+    return None if writer is None else _written(reason, writer, nodes[-1])
+
+
+def chain_overwritten(view: View, chain: Chain) -> Refusal | None:
+    """What is written in place between the layers of a chain, or of a join in it."""
+    nodes = [n for p in chain.parts for n in part_nodes(p)]
+    last = chain.parts[-1]
+    if isinstance(last, Step) and last.op.kind == "select" and (writer := view.effects.writes_itself(nodes[-1])):
+        # whether PyTorch takes a write over memory that overlaps depends on the strides, and these would change
+        reason = "its slice is written in place by an operation that also reads the same memory by another name"
+        return _written(reason, writer, nodes[-1])
+    refusal = overwritten(view, chain.source, nodes)
+    for join in (p for p in chain.parts if isinstance(p, Join)):  # where one branch may stay, and another move
+        steps = [s.node for s in steps_of(join) if s.node is not None]
+        refusal = refusal or overwritten(view, join.branches[0].source, nodes, foreign=steps)
+    return refusal
+
+
+def _written(reason: str, writer: Node, where: Node) -> Refusal:
+    return Refusal(reason, where.name, "use the out-of-place form", f"written by {writer.name}")

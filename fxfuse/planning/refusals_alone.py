@@ -1,0 +1,150 @@
+"""Why something stayed that has no neighbour to merge with: joins of several tensors, batch norms, layer norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from torch.fx import Node
+
+from fxfuse.algebra.constants import Attr
+from fxfuse.algebra.operator import Operator
+from fxfuse.names import place
+from fxfuse.ops.movement import read_shaping
+from fxfuse.planning.branch_groups import plus
+from fxfuse.planning.factor_orders import moved
+from fxfuse.planning.fusing import Fusing
+from fxfuse.planning.refusals_between import unfused
+from fxfuse.planning.regions import Step
+from fxfuse.reading.affine import Affine
+from fxfuse.reading.movable.factor_ways import passes
+from fxfuse.reading.runs import before
+from fxfuse.refusal import Refusal
+
+PASSED = ("carry", "pool")  # kinds of what a factor can change places with
+NAMED = 3  # readers of a value that a refusal names
+
+
+@dataclass(frozen=True)
+class Alone:
+    """`joined` are the nodes of joins in a chain, `fused` those that became an operator, `told` those of which a reason
+    is given.
+    """
+
+    fusing: Fusing
+    joined: Set[Node]
+    fused: Mapping[Node, Operator]
+    told: Set[Node]
+
+    def refusals(self) -> list[Refusal]:
+        view = self.fusing.view
+        notes = list(view.refused.values())
+        for node, affine in view.affine.items():
+            if affine.kind != "unary" and node not in self.joined:
+                notes += self._several_sources(node, affine)
+            elif affine.op.law == "batch_norm" and node not in self.fused and node not in self.told:
+                notes.append(self._norm(node, affine).at(affine.op.path))
+        return notes + [note for node in view.captured.graph.nodes for note in self._layer_norm(node)]
+
+    def _several_sources(self, node: Node, affine: Affine) -> list[Refusal]:
+        """Convolutions that meet in a join without having started at one tensor."""
+        steps = [self.fusing.view.affine.get(source) for source, _ in affine.inputs]
+        paths = [a.op.path for a in steps if a is not None and a.kind == "unary" and (a.op.weighted or a.op.path)]
+        if not paths:
+            return []
+        verb = "summed" if affine.kind == "sum" else "concatenated"
+        reason = f"what is {verb} does not start at one tensor: something between is not linear"
+        return [Refusal(reason, where=paths[0], detail=f"at {node.name}")]
+
+    @cached_property
+    def _steps(self) -> dict[Node, Affine]:
+        return {**self.fusing.view.carries, **self.fusing.view.affine}
+
+    def _norm(self, node: Node, affine: Affine) -> Refusal:
+        """What is the matter with what comes before a batch norm, or else with what comes after it."""
+        view, source, reader = self.fusing.view, affine.inputs[0][0], node
+        between = list[Step]()  # the nearest first
+        for passed, step in before(source, node, self._steps, view.readers):
+            if not passes(step.op):
+                break
+            between.append(Step(passed, step.op))
+            source, reader = step.inputs[0][0], passed
+        layer = self._steps.get(source)
+        absorbs = layer is not None and (source in self.fused if layer.kind != "unary" else layer.op.weighted)
+        if layer is None or not absorbs:
+            reason = "batch_norm follows no convolution or linear layer of constant weight that could absorb it"
+            return Refusal(reason, detail=f"after {place(source)}; {self._below(node, affine)}")
+        others = [u for u in view.readers(source) if u is not reader]
+        if others:
+            return Refusal(
+                "the output of the layer before batch_norm is read elsewhere too",
+                detail=f"by {', '.join(map(place, others))}",
+                remedy="read the normalized tensor there instead",
+            )
+        norm = moved(Step(node, affine.op), between, up=True)
+        op = layer.op if layer.kind == "unary" else self.fused[source]
+        if norm is None or (norm.moved and norm.op.spatial not in (None, op.spatial)):
+            return Refusal("what lies between the layer and batch_norm puts the layer's channels on another axis")
+        return self._beside(Step(source, op), between[::-1], norm)
+
+    def _beside(self, layer: Step, between: list[Step], norm: Step) -> Refusal:
+        """Why a layer does not take a batch norm that could stand beside it."""
+        both = self.fusing.combine("chain", layer.op, norm.op)
+        parts, passed = [layer, *between, replace(norm, moved=False)], any(s.op.kind in PASSED for s in between)
+        if passed:
+            parts = [layer, norm]
+        elif not isinstance(both, Refusal):
+            both = self.fusing.chained([s.op for s in parts])
+        if isinstance(both, Refusal):
+            return both
+        area = self.fusing.area(layer.node, Fraction(1), layer.op)
+        together = self.fusing.fused(both, parts, area)
+        apart = plus(self.fusing.price(layer.op, area), self.fusing.price(norm.op, area))
+        if passed and not isinstance(together, Refusal) and together[0] < apart:
+            return Refusal("moved next to the layer, batch_norm would leave those who read it another order in memory")
+        return unfused(self.fusing, both, ((layer.op, area), (norm.op, area)), area, parts)
+
+    def _below(self, node: Node, affine: Affine) -> str:
+        """Who reads a batch norm, and why a layer that does cannot absorb it."""
+        view, told = self.fusing.view, []
+        readers = view.readers(node)
+        for reader in readers[:NAMED]:
+            after = view.affine.get(reader)
+            absorbs = after is not None and after.op.weighted
+            both = self.fusing.combine("chain", affine.op, after.op) if after is not None and absorbs else None
+            dear = "exact with a frame, but it would cost more" if isinstance(both, Operator) and both.framed else ""
+            why = both.reason if isinstance(both, Refusal) else dear
+            told.append(f"{place(reader)} ({why})" if why else place(reader))
+        more = [f"{len(readers) - NAMED} more"] if len(readers) > NAMED else []
+        return f"read by {', '.join(told + more)}" if told else "read by nobody"
+
+    def _layer_norm(self, node: Node) -> list[Refusal]:
+        """One whose weight and bias the layers after it could take; folded, they took .98 to 1.10 of the time."""
+        view = self.fusing.view
+        modules = view.captured.modules
+        if node.op not in ("call_function", "call_module") or node in view.affine:
+            return []
+        call = read_shaping(node, modules)
+        if call is None or call.op != "layer_norm":
+            return []
+        weight: Any = modules[str(node.target)].weight if node.op == "call_module" else call.args.get("weight", node)
+        readers = self._past_permutations(node)
+        steps = [view.affine.get(r) for r in readers]
+        if weight is None or not readers or not all(s is not None and s.op.weighted for s in steps):
+            return []
+        held = view.constants.get(weight) if isinstance(weight, Node) else None
+        where = held.path.rpartition(".")[0] if isinstance(held, Attr) else ""
+        reason = "layer_norm keeps its weight and bias: measured, the layer after it gains nothing by taking them"
+        return [Refusal(reason, where or place(node), detail=f"read by {', '.join(map(place, readers[:NAMED]))}")]
+
+    def _past_permutations(self, node: Node) -> list[Node]:
+        """Who reads a node, or what has only been permuted since."""
+        view, found = self.fusing.view, list[Node]()
+        for reader in view.readers(node):
+            call = read_shaping(reader, view.captured.modules) if reader.op != "output" else None
+            turned = call is not None and call.op in ("permute", "transpose")
+            found += self._past_permutations(reader) if turned else [reader]
+        return found

@@ -1,0 +1,114 @@
+"""Why neighbours were not merged: what stands in the way, or what the merge would cost.
+
+Asked of the finished cover of a chain or join, about stretches that lie side by side in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+
+from torch.fx import Node
+
+from fxfuse.algebra import combine
+from fxfuse.algebra.operator import Operator
+from fxfuse.planning.fusing import STEPS, TOO_LONG, WINDOW, Fusing, Result
+from fxfuse.planning.regions import Chain, Join, Step, exit_of, part_nodes
+from fxfuse.planning.sites import Refused
+from fxfuse.refusal import Refusal
+
+NO_LAYER = "exact, but there is no convolution or linear layer to absorb it, and a new one would cost more"
+
+
+def in_chain(
+    fusing: Fusing, chain: Chain, ops: Sequence[Result], cuts: Sequence[tuple[int, int]], areas: Sequence[Fraction]
+) -> list[Refused]:
+    """For each two neighbouring stretches of a chain; `areas` are positions before each part and after all."""
+    found = []
+    stretches = [fusing.chained(ops[i:j]) for i, j in cuts]
+    for (left, right), (f, g) in zip(pairwise(cuts), pairwise(stretches), strict=True):
+        if isinstance(f, Refusal) or isinstance(g, Refusal):
+            continue
+        if not (f.weighted or g.weighted) or {"identity", "carry"} & {f.kind, g.kind}:
+            continue
+        parts, tried = chain.parts[left[0] : right[1]], ops[left[0] : right[1]]
+        refusal = fusing.combine("chain", f, g)
+        apart, area = ((f, areas[left[1]]), (g, areas[right[1]])), areas[right[1]]
+        if len(parts) > STEPS or sum(isinstance(o, Operator) and o.weighted for o in tried) > WINDOW:
+            refusal = TOO_LONG
+        elif isinstance(refusal, Operator):
+            refusal = unfused(fusing, refusal, apart, area, parts)
+        elif _multipliable(f, g):
+            numbers = _too_dear(fusing, combine.product(f, g), apart, area, exit_of(parts)).detail
+            refusal = replace(refusal, detail=f"{refusal.detail}; merged, {numbers}" if refusal.detail else numbers)
+        where = g.path or f.path or str(chain.parts[right[0]].node)
+        nodes = (n for p in chain.parts[right[0] : right[1]] for n in part_nodes(p))
+        found.append(Refused(refusal.at(where), tuple(nodes)))
+    return found
+
+
+def in_join(fusing: Fusing, join: Join, groups: Sequence[Result], whole: Result, area: Fraction) -> list[Refused]:
+    """For the groups that remain of the branches of a join."""
+    ops = [(o, area) for o in groups if isinstance(o, Operator)]
+    path = next((o.path for o, _ in ops if o.path), str(join.node))
+    if isinstance(whole, Refusal):
+        refusal = whole.at(str(join.node))
+    elif any(o.weighted for o, _ in ops):
+        refusal = unfused(fusing, whole, ops, area, [join]).at(path)
+    elif any(o.kind == "pool" for o, _ in ops):
+        refusal = Refusal(NO_LAYER, where=path)
+    else:
+        return []
+    single = (b.parts[0] for b in join.branches if len(b.parts) == 1)  # those that nothing else could be said of
+    return [Refused(refusal, (*join.nodes, *(n for p in single for n in part_nodes(p))))]
+
+
+def unfused(
+    fusing: Fusing,
+    both: Operator,
+    apart: Sequence[tuple[Operator, Fraction]],
+    area: Fraction,
+    parts: Sequence[Step | Join],
+) -> Refusal:
+    """What forbids a merge that the patterns allow, or else its cost."""
+    found = fusing.fused(both, parts, area)
+    dear = _too_dear(fusing, both, apart, area, exit_of(parts))
+    return found.by(dear.pattern) if isinstance(found, Refusal) else dear
+
+
+def _too_dear(
+    fusing: Fusing, both: Operator, apart: Sequence[tuple[Operator, Fraction]], area: Fraction, end: Node
+) -> Refusal:
+    """The refusal of a merge that is exact but does not pay, with its two numbers."""
+    before = [a for op, _ in apart for a in op.applied]
+    pattern = both.applied[-1] if len(set(both.applied)) == 1 else ""
+    pattern = next((a for a in both.applied if a not in before), pattern)
+    ready = combine.finish(both)
+    if isinstance(ready, Refusal):
+        return ready.by(pattern)
+    unit = area if area else Fraction(1)
+
+    def cost(op: Operator, positions: Fraction) -> Fraction:
+        return fusing.price(op, positions, 1, end)[1] / unit
+
+    together, single = cost(ready[0], area), sum((cost(o, a) for o, a in apart), Fraction(0))
+    border = together - cost(replace(ready[0], framed=False), area)
+    of_border = f", {_number(border)} of it for the border" if ready[0].framed else ""
+    return Refusal(
+        "exact, but merged it would cost more",
+        detail=f"{_number(together)} instead of {_number(single)} per output position{of_border}",
+        remedy=f'patterns=["{pattern}!"] merges it all the same' if pattern else "",
+        pattern=pattern,
+    )
+
+
+def _multipliable(f: Operator, g: Operator) -> bool:
+    """Whether the two are convolutions whose product has a cost to compare."""
+    meet = f.spatial == g.spatial and f.out_channels == g.in_channels
+    return meet and f.weighted and g.weighted and not (f.transposed or g.transposed)
+
+
+def _number(value: Fraction) -> str:
+    return f"{float(value):,.0f}" if value >= 1000 else f"{float(value):,.6g}"
