@@ -39,7 +39,7 @@ def fuse(captured: Captured, patterns: Selection, price: CostFunction, weights: 
     before = replace(before, macs=describe.macs(view))
     view, swapped = prepare(view, patterns, price)
     plan = make_plan(view, patterns, price)
-    left = permutations_left(view, patterns, price, {n for s in plan.sites for n in s.nodes()})
+    left = permutations_left(view, patterns, price, plan.fused())
     rewriter = Rewriter(view, dry_run=not weights)
     plan, recipes = rewriter.apply(plan)
     fired = (*map(describe.swapped, swapped), *describe.fired(plan, view, rewriter.names))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from itertools import combinations
 
 Price = tuple[int, Fraction, int]
@@ -30,24 +31,19 @@ def partition(count: int, price: Callable[[Group], Price | None]) -> list[Group]
         units = _greedy(units, price)
     if len(units) > EXACT:
         return units
-    best: dict[Group, tuple[Price, list[Group]]] = {(): (FREE, [])}
 
+    @cache
     def solve(rest: Group) -> tuple[Price, list[Group]]:
-        if rest not in best:
-            found = None
-            first, others = rest[0], rest[1:]
-            for mask in range(1 << len(others)):
-                taken = (first, *(o for k, o in enumerate(others) if mask >> k & 1))
-                group = tuple(i for unit in taken for i in units[unit])
-                if (alone := price(group)) is None:
-                    continue
+        if not rest:
+            return FREE, []
+        options, others = list[tuple[Price, list[Group]]](), rest[1:]
+        for mask in range(1 << len(others)):  # smallest group first
+            taken = (rest[0], *(o for k, o in enumerate(others) if mask >> k & 1))
+            group = tuple(i for unit in taken for i in units[unit])
+            if (alone := price(group)) is not None:
                 tail = solve(tuple(o for o in others if o not in taken))
-                total = plus(alone, tail[0], NODE)
-                if found is None or total < found[0]:
-                    found = (total, [group, *tail[1]])
-            assert found is not None  # every branch alone is a group
-            best[rest] = found
-        return best[rest]
+                options.append((plus(alone, tail[0], NODE), [group, *tail[1]]))
+        return min(options, key=lambda o: o[0])
 
     return solve(tuple(range(len(units))))[1]
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 from torch.fx import Node
 
 from fxfuse.algebra.operator import IDENTITY
-from fxfuse.planning.memory_order import ROWS, norm_keeps, order_after, order_of_layer
+from fxfuse.planning.memory_order import ROWS, Order, norm_keeps, order_after, order_of_layer
 from fxfuse.planning.regions import Join, Step, first_spatial, part_nodes
 from fxfuse.reading.movable.commuting import undone
 from fxfuse.reading.movable.factor_ways import axes_of, passes
@@ -46,11 +47,11 @@ def _order(parts: list[Part], up: bool, free: Callable[..., bool]) -> list[Part]
         if isinstance(part, Step) and passes(part.op):
             run.append(part)
             continue
-        after = part is not None and _absorbs(part)
+        after = isinstance(part, Join) or (part is not None and part.op.weighted)
         if before is not None and (up or not after):
-            run = _upward(run, before)
+            run = factors_first(run, order_of_layer(first_spatial(before)))
         elif after:
-            run = _downward(run)
+            run = factors_first(run[::-1], None)[::-1]
         settled = after or (before is not None and _rows_only(run, before))
         result += _without_detours(run, partial(free, settled=settled))
         result += [] if part is None else [part]
@@ -58,41 +59,28 @@ def _order(parts: list[Part], up: bool, free: Callable[..., bool]) -> list[Part]
     return result
 
 
-def _absorbs(part: Part) -> bool:
-    return isinstance(part, Join) or part.op.weighted
+def factors_first(run: Sequence[Step], order: Order | None) -> list[Step]:
+    """Factors at the beginning, in their order, as far as they can move; `order` is that in memory before the run.
 
-
-def _upward(run: Sequence[Step], layer: Part) -> list[Step]:
-    """Factors first, in their order; who reads a batch norm that has moved finds the values in the same order."""
-    first, rest = list[Step](), list[Step]()
-    order, blocked = order_of_layer(first_spatial(layer)), False
+    Who reads a batch norm that has moved up finds the values in the same order. Without an order the run is given
+    backwards, and the factors move down: the layer there takes its input in any order.
+    """
+    first, rest, up = list[Step](), list[Step](), order is not None
+    blocked = False
     for step in run:
-        order = order_after(order, step.op)
-        other = None if blocked or step.op.kind != "scale" else moved(step, rest[::-1], up=True)
-        if other is not None and other.moved and step.op.law == "batch_norm":
-            keeps = norm_keeps(order, (step.op.spatial or 0) + 2)
-            other = None if keeps is None else replace(other, lay=not keeps)
-            order = order if keeps else ROWS
+        other = None if blocked or step.op.kind != "scale" else moved(step, rest[::-1], up)
+        if order is not None:
+            order = order_after(order, step.op)
+            if other is not None and other.moved and step.op.law == "batch_norm":
+                keeps = norm_keeps(order, (step.op.spatial or 0) + 2)
+                other = None if keeps is None else replace(other, lay=not keeps)
+                order = order if keeps else ROWS
         if other is not None:
             first.append(other)
         else:
             blocked |= step.op.kind == "scale"  # no other factor can pass this one
             rest.append(step)
     return [*first, *rest]
-
-
-def _downward(run: Sequence[Step]) -> list[Step]:
-    """Factors last, in their order: the layer after them takes its input in any order."""
-    last, rest = list[Step](), list[Step]()
-    blocked = False
-    for step in reversed(run):
-        other = None if blocked or step.op.kind != "scale" else moved(step, rest[::-1], up=False)
-        if other is not None:
-            last.append(other)
-        else:
-            blocked |= step.op.kind == "scale"
-            rest.append(step)
-    return [*rest[::-1], *last[::-1]]
 
 
 def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
@@ -117,12 +105,8 @@ def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
 
 def _rows_only(run: Sequence[Step], layer: Part) -> bool:
     """Whether everything in a run lies in row-major order, so that nothing changes if carries in it vanish."""
-    order = order_of_layer(first_spatial(layer))
-    for step in run:
-        order = order_after(order, step.op)
-        if order != ROWS:
-            return False
-    return order == ROWS
+    first = order_of_layer(first_spatial(layer))
+    return all(order == ROWS for order in accumulate(run, lambda o, s: order_after(o, s.op), initial=first))
 
 
 def _without_detours(run: list[Step], free: Callable[..., bool]) -> list[Step]:

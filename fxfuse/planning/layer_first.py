@@ -44,19 +44,15 @@ class LayerFirst:
         """`segments` with layers moved before pools."""
         result = list[Segment]()
         for segment in segments:
-            before = result[-1] if result else None
-            if isinstance(before, Keep) and before.step.op.law == "pool" and not isinstance(segment, Rejoin):
+            if isinstance(segment, Rejoin):
+                segment = replace(segment, pieces=tuple(map(self._segments, segment.pieces)))
+            elif result and isinstance(before := result[-1], Keep) and before.step.op.law == "pool":
                 fuse = segment if isinstance(segment, Fuse) else Fuse(segment.step.op, (segment.step,))
                 found = self._swapped(before.step, fuse)
-                result[-1:] = [before, segment] if found is None else [found]
-                while (
-                    found is not None and len(result) > 1 and (found := self._absorbing(result[-2], found)) is not None
-                ):
-                    result[-2:] = [found]
-                continue
-            if isinstance(segment, Rejoin):
-                pieces = tuple(self._segments(p) for p in segment.pieces)
-                segment = replace(segment, pieces=pieces)
+                while found is not None:
+                    segment = found
+                    result.pop()
+                    found = self._absorbing(result[-1], found) if result else None
             result.append(segment)
         return tuple(result)
 
@@ -100,10 +96,8 @@ class LayerFirst:
         reach = zip(pool.padding, pool.dilation, pool.kernel, strict=True)
         shrinks = any(sum(p) < d * (k - 1) for p, d, k in reach)
         if shrinks and self.price(op, Fraction(2)) > self.price(op, Fraction(1)):
-            return Refusal(
-                "exact, but before the pool the layer would have more positions to work on",
-                remedy='patterns=["pool_swap!"] swaps them all the same',
-            )
+            reason = "exact, but before the pool the layer would have more positions to work on"
+            return Refusal(reason, remedy='patterns=["pool_swap!"] swaps them all the same')
         return None
 
     def _blocked(self, parts: tuple[Step | Join, ...]) -> Refusal | None:

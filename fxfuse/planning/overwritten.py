@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
+from fxfuse.names import place
 from fxfuse.planning.regions import Chain, Join, Step, part_nodes, steps_of
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
@@ -42,4 +43,4 @@ def chain_overwritten(view: View, chain: Chain) -> Refusal | None:
 
 
 def _written(reason: str, writer: Node, where: Node) -> Refusal:
-    return Refusal(reason, where.name, "use the out-of-place form", f"written by {writer.name}")
+    return Refusal(reason, place(where), "use the out-of-place form", f"written by {writer.name}")

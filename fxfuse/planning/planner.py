@@ -7,7 +7,6 @@ weight is touched here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -23,7 +22,7 @@ from fxfuse.planning.overwritten import chain_overwritten
 from fxfuse.planning.refusals_alone import Alone
 from fxfuse.planning.regions import Join, find, part_nodes, steps_of
 from fxfuse.planning.siblings import Gather
-from fxfuse.planning.sites import Plan, Refused, Segment, Site, fuses, kept
+from fxfuse.planning.sites import Plan, Refused, Site, fuses, kept
 from fxfuse.reading.view import View
 
 
@@ -68,7 +67,7 @@ class Planner:
         self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
         divisions = self.view.passage.divisions
         roots = {n: first for first in shared for n in self.view.passage.trees[first]}
-        absorbed = Counter[Node]()
+        absorbed = Counter[Node | None]()  # by the layers, each factor as often as it has moved
         for chain in chains:
             if refusal := chain_overwritten(self.view, chain):
                 stay = {n for p in chain.parts for n in part_nodes(p)}
@@ -78,16 +77,10 @@ class Planner:
                 self.refused.extend(best.refused)
                 stay = {s.node for s in kept(best.segments) if s.node is not None and s.op.kind == "scale"}
                 taken = {n: f.op for f in fuses(best.segments) for p in f.parts for n in part_nodes(p)}
-                absorbed.update(_moved(best.segments))
+                steps = [s for f in fuses(best.segments) for p in f.parts for s in steps_of(p)]
+                absorbed.update(s.node for s in steps if s.moved)
                 sites += [Site(chain.source, best.segments)] if taken else []
                 self.fused |= taken
             left |= {roots[n] for n in stay & roots.keys()}
         left |= {d for d in divided if min(absorbed[f] for f in divisions[d].factors) < len(divisions[d].portions)}
         return sites, left
-
-
-def _moved(segments: tuple[Segment, ...]) -> Iterator[Node]:
-    """Factors that have moved into fused stretches, each as often as it has."""
-    for step in (s for f in fuses(segments) for p in f.parts for s in steps_of(p)):
-        if step.moved and step.node is not None:
-            yield step.node

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from torch.fx import Node
@@ -14,9 +15,9 @@ from fxfuse.algebra.constants import Attr
 from fxfuse.algebra.operator import Operator
 from fxfuse.names import place
 from fxfuse.ops.movement import read_shaping
-from fxfuse.planning.branch_groups import plus
-from fxfuse.planning.factor_orders import moved
-from fxfuse.planning.fusing import Fusing
+from fxfuse.planning.factor_orders import factors_first, moved
+from fxfuse.planning.fusing import STEPS, TOO_LONG, Fusing
+from fxfuse.planning.memory_order import order_of_layer
 from fxfuse.planning.refusals_between import unfused
 from fxfuse.planning.regions import Step
 from fxfuse.reading.affine import Affine
@@ -24,7 +25,6 @@ from fxfuse.reading.movable.factor_ways import passes
 from fxfuse.reading.runs import before
 from fxfuse.refusal import Refusal
 
-PASSED = ("carry", "pool")  # kinds of what a factor can change places with
 NAMED = 3  # readers of a value that a refusal names
 
 
@@ -66,11 +66,9 @@ class Alone:
     def _norm(self, node: Node, affine: Affine) -> Refusal:
         """What is the matter with what comes before a batch norm, or else with what comes after it."""
         view, source, reader = self.fusing.view, affine.inputs[0][0], node
-        between = list[Step]()  # the nearest first
-        for passed, step in before(source, node, self._steps, view.readers):
-            if not passes(step.op):
-                break
-            between.append(Step(passed, step.op))
+        run = [Step(node, affine.op)]
+        for passed, step in takewhile(lambda n: passes(n[1].op), before(source, node, self._steps, view.readers)):
+            run.insert(0, Step(passed, step.op))
             source, reader = step.inputs[0][0], passed
         layer = self._steps.get(source)
         absorbs = layer is not None and (source in self.fused if layer.kind != "unary" else layer.op.weighted)
@@ -84,28 +82,33 @@ class Alone:
                 detail=f"by {', '.join(map(place, others))}",
                 remedy="read the normalized tensor there instead",
             )
-        norm = moved(Step(node, affine.op), between, up=True)
-        op = layer.op if layer.kind == "unary" else self.fused[source]
-        if norm is None or (norm.moved and norm.op.spatial not in (None, op.spatial)):
-            return Refusal("what lies between the layer and batch_norm puts the layer's channels on another axis")
-        return self._beside(Step(source, op), between[::-1], norm)
+        return self._not_taken(Step(source, layer.op if layer.kind == "unary" else self.fused[source]), run)
 
-    def _beside(self, layer: Step, between: list[Step], norm: Step) -> Refusal:
-        """Why a layer does not take a batch norm that could stand beside it."""
-        both = self.fusing.combine("chain", layer.op, norm.op)
-        parts, passed = [layer, *between, replace(norm, moved=False)], any(s.op.kind in PASSED for s in between)
-        if passed:
-            parts = [layer, norm]
-        elif not isinstance(both, Refusal):
-            both = self.fusing.chained([s.op for s in parts])
+    def _not_taken(self, layer: Step, run: list[Step]) -> Refusal:
+        """Why a layer does not take the batch norm at the end of a run that it alone could be merged with."""
+        if len(run) >= STEPS:
+            return TOO_LONG
+        parts = [
+            layer,
+            *takewhile(
+                lambda s: s.op.kind not in ("carry", "pool"), factors_first(run, order_of_layer(layer.op.spatial))
+            ),
+        ]
+        while len(parts) > 1 and parts[-1].node is not run[-1].node:
+            parts.pop()
+        beside = moved(run[-1], run[-2::-1], up=True) if len(run) > 1 else run[-1]
+        if beside is None or beside.op.spatial not in (None, layer.op.spatial):
+            return Refusal("what lies between the layer and batch_norm puts the layer's channels on another axis")
+        if len(parts) == 1:
+            factor = any(s.op.kind == "scale" for s in run[:-1])
+            order = "moved next to the layer, batch_norm would leave those who read it another order in memory"
+            return Refusal("another factor keeps batch_norm from moving next to the layer" if factor else order)
+        both = self.fusing.combine("chain", layer.op, beside.op)
+        both = both if isinstance(both, Refusal) else self.fusing.chained([s.op for s in parts])
         if isinstance(both, Refusal):
             return both
         area = self.fusing.area(layer.node, Fraction(1), layer.op)
-        together = self.fusing.fused(both, parts, area)
-        apart = plus(self.fusing.price(layer.op, area), self.fusing.price(norm.op, area))
-        if passed and not isinstance(together, Refusal) and together[0] < apart:
-            return Refusal("moved next to the layer, batch_norm would leave those who read it another order in memory")
-        return unfused(self.fusing, both, ((layer.op, area), (norm.op, area)), area, parts)
+        return unfused(self.fusing, both, [(s.op, area) for s in parts], area, parts)
 
     def _below(self, node: Node, affine: Affine) -> str:
         """Who reads a batch norm, and why a layer that does cannot absorb it."""
@@ -123,20 +126,17 @@ class Alone:
 
     def _layer_norm(self, node: Node) -> list[Refusal]:
         """One whose weight and bias the layers after it could take; folded, they took .98 to 1.10 of the time."""
-        view = self.fusing.view
-        modules = view.captured.modules
-        if node.op not in ("call_function", "call_module") or node in view.affine:
-            return []
-        call = read_shaping(node, modules)
+        view, modules = self.fusing.view, self.fusing.view.captured.modules
+        call = read_shaping(node, modules) if node.op in ("call_function", "call_module") else None
         if call is None or call.op != "layer_norm":
             return []
         weight: Any = modules[str(node.target)].weight if node.op == "call_module" else call.args.get("weight", node)
         readers = self._past_permutations(node)
-        steps = [view.affine.get(r) for r in readers]
-        if weight is None or not readers or not all(s is not None and s.op.weighted for s in steps):
+        layers = all(r in view.affine and view.affine[r].op.weighted for r in readers)
+        if weight is None or not readers or not layers:
             return []
         held = view.constants.get(weight) if isinstance(weight, Node) else None
-        where = held.path.rpartition(".")[0] if isinstance(held, Attr) else ""
+        where = held.path.rpartition(".")[0] if isinstance(held, Attr) else place(node)
         reason = "layer_norm keeps its weight and bias: measured, the layer after it gains nothing by taking them"
         return [Refusal(reason, where or place(node), detail=f"read by {', '.join(map(place, readers[:NAMED]))}")]
 
@@ -145,6 +145,6 @@ class Alone:
         view, found = self.fusing.view, list[Node]()
         for reader in view.readers(node):
             call = read_shaping(reader, view.captured.modules) if reader.op != "output" else None
-            turned = call is not None and call.op in ("permute", "transpose")
-            found += self._past_permutations(reader) if turned else [reader]
+            permuted = call is not None and call.op in ("permute", "transpose")
+            found += self._past_permutations(reader) if permuted else [reader]
         return found

@@ -100,8 +100,7 @@ def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[N
             steps = [Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True)]
             (ahead if d.before else portions).setdefault(end, []).extend(steps)
     copied = {n for root in shared for n in view.passage.trees[root]}
-    chains: dict[Node, Chain] = {}
-    swallowed: set[Node] = set()
+    chains, swallowed = dict[Node, Chain](), set[Node]()
     for node, affine in view.affine.items():
         times = Counter(source for source, _ in affine.inputs)
         private = [s in chains and times[s] == 1 and view.readers(s) == [node] for s, _ in affine.inputs]
@@ -111,12 +110,8 @@ def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[N
                 chains[node] = chains[gone[node]]
                 swallowed.add(affine.inputs[0][0])
             continue
-        if node in shared:
-            chains[node] = Chain(affine.inputs[0][0], [Step(node, affine.op)])
-            swallowed.add(node)
-            continue
-        if affine.inputs[0][0] in copied:
-            before = chains[affine.inputs[0][0]]
+        if node in shared or affine.inputs[0][0] in copied:
+            before = Chain(affine.inputs[0][0], []) if node in shared else chains[affine.inputs[0][0]]
             chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op), *portions.get(node, [])])
             swallowed.update({node} & copied)
             continue

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import groupby
 
 from torch.fx import Node
 
@@ -23,7 +24,7 @@ from fxfuse.ops.activations import Activation, read
 from fxfuse.pattern import Selection
 from fxfuse.planning.overwritten import overwritten
 from fxfuse.planning.regions import Step, part_nodes
-from fxfuse.planning.sites import Fuse, Plan, Run, Siblings, Site
+from fxfuse.planning.sites import Fuse, Plan, Run, Siblings, Site, fuses
 from fxfuse.planning.slice_readers import reshaped
 from fxfuse.reading.modes import inside_regions
 from fxfuse.reading.view import View
@@ -64,7 +65,7 @@ class Gather:
         found = list[Siblings]()
         for members in by_source.values():
             found += self._groups(members) if len(members) > 1 else []
-        used = self._used({n for s in plan.sites for n in s.nodes()}) if any(s.alone for s in found) else {}
+        used = self._used(plan.fused()) if any(s.alone for s in found) else {}
         alike = dict[Operator, set[Node]]()
         for group in found:
             alike.setdefault(group.op, set()).update(f.exit for f in group.members)
@@ -73,8 +74,7 @@ class Gather:
 
     def _members(self, plan: Plan) -> list[_Member]:
         """All layers of the plan and those that it leaves alone, in the order in which they run."""
-        fused = {n for s in plan.sites for n in s.nodes()}
-        found = [(source, fuse, False) for source, fuse in plan.layers()]
+        fused, found = plan.fused(), [(source, fuse, False) for source, fuse in plan.layers()]
         for node, affine in self.view.affine.items():
             if node not in fused and affine.kind == "unary" and affine.op.weighted:
                 found.append((affine.inputs[0][0], Fuse(affine.op, (Step(node, affine.op),)), True))
@@ -94,21 +94,19 @@ class Gather:
 
     def _groups(self, members: list[_Member]) -> list[Siblings]:
         """Layers of one value, gathered by their geometry."""
-        groups, apart = list[list[_Member]](), None
+        groups, different = list[list[_Member]](), list[Refusal]()
         for member in members:
             for group in groups:
                 both = self.patterns.combine("siblings", group[0].fuse.op, member.fuse.op)
                 if not isinstance(both, Refusal):
                     group.append(member)
                     break
-                if apart is None and self._joins(group[0]).isdisjoint(self._joins(member)):
-                    apart = both.at(member.fuse.op.path)
+                if self._joins(group[0]).isdisjoint(self._joins(member)):
+                    different.append(both.at(member.fuse.op.path))
             else:
                 groups.append([member])
-        if apart is not None:
-            self.refusals.append(apart)
-        gathered = [self._gathered(g) for g in groups if len(g) > 1]
-        return [g for g in gathered if g is not None]
+        self.refusals += different[:1]
+        return [g for g in (self._gathered(g) for g in groups if len(g) > 1) if g is not None]
 
     def _joins(self, member: _Member) -> set[Node]:
         """The sums and concatenations that read the layer's output: there it has been tried as a branch."""
@@ -132,9 +130,9 @@ class Gather:
         op: Operator | Refusal = able[0].fuse.op
         for member in able[1:]:
             op = op if isinstance(op, Refusal) else self.patterns.combine("siblings", op, member.fuse.op)
-        refusal = op if isinstance(op, Refusal) else self._blocked(able) or self._dear(op, able)
-        if refusal is not None or isinstance(op, Refusal):
-            self.refusals += [refusal.by("siblings").at(able[0].fuse.op.path)] if refusal is not None else []
+        op = op if isinstance(op, Refusal) else self._blocked(able) or self._dear(op, able) or op
+        if isinstance(op, Refusal):
+            self.refusals.append(op.by("siblings").at(able[0].fuse.op.path))
             return None
         alone = tuple(Site(m.source, (m.fuse,)) for m in able if m.plain)
         return Siblings(op, tuple(m.fuse for m in able), _runs(able), alone, tuple(views))
@@ -195,7 +193,7 @@ class Gather:
 
     def _twice(self, group: Siblings, alike: set[Node], used: dict[Attr, list[Node]]) -> bool:
         """Whether the weight of a layer that would be left alone is needed elsewhere, not only in groups `alike`."""
-        own = dict.fromkeys(a for site in group.alone for op in site.operators() for a in sources(op))
+        own = (a for site in group.alone for f in fuses(site.segments) for a in sources(f.op))
         other = next((n for a in own for n in used.get(a, ()) if n not in alike), None)
         if other is None:
             return False
@@ -207,11 +205,8 @@ class Gather:
 def _runs(members: Sequence[_Member]) -> tuple[Run, ...]:
     """Members with one activation together, those without it one by one."""
     runs = list[Run]()
-    for i, member in enumerate(members):
-        last = runs[-1] if runs else None
-        if last is not None and member.activation is not None and last.activation == member.activation:
-            assert member.act is not None
-            runs[-1] = replace(last, stop=i + 1, nodes=(*last.nodes, member.act))
-        else:
-            runs.append(Run(i, i + 1, member.activation, () if member.act is None else (member.act,)))
+    for _, group in groupby(range(len(members)), key=lambda i: members[i].activation or i):
+        numbers = [*group]
+        first, acts = numbers[0], (members[i].act for i in numbers)
+        runs.append(Run(first, numbers[-1] + 1, members[first].activation, tuple(a for a in acts if a is not None)))
     return tuple(runs)

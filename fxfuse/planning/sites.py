@@ -58,10 +58,6 @@ class Site:
     source: Node
     segments: tuple[Segment, ...]
 
-    def operators(self) -> list[Operator]:
-        """Operators of all fused stretches, in order."""
-        return [op for f in fuses(self.segments) for op in (f.op, f.shift) if op is not None]
-
     def nodes(self) -> list[Node]:
         """Nodes of all fused stretches."""
         return [n for f in fuses(self.segments) for p in f.parts for n in part_nodes(p)]
@@ -111,6 +107,10 @@ class Plan:
     refusals: tuple[Refusal, ...]
     siblings: tuple[Siblings, ...] = ()
 
+    def fused(self) -> set[Node]:
+        """Nodes of all fused stretches."""
+        return {n for site in self.sites for n in site.nodes()}
+
     def layers(self) -> Iterator[tuple[Node, Fuse]]:
         """Every fused stretch that stands for a node of its own, with the node whose value it reads."""
         for site in self.sites:
@@ -119,34 +119,25 @@ class Plan:
 
 def joined(sites: Iterable[Site], more: Iterable[Site], position: Mapping[Node, int]) -> list[Site]:
     """`sites` with `more`, each where its layer runs."""
-    result, todo = list[Site](), sorted(more, key=lambda s: position[_last(s.segments)], reverse=True)
-    for site in sites:
-        while todo and position[_last(todo[-1].segments)] < position[_last(site.segments)]:
-            result.append(todo.pop())
-        result.append(site)
-    return [*result, *reversed(todo)]
+    return sorted([*sites, *more], key=lambda s: max(position[n] for n in map(_value, s.segments) if n is not None))
 
 
-def _last(segments: tuple[Segment, ...]) -> Node:
-    """The node whose value the last of `segments` gives."""
-    last = segments[-1]
-    if isinstance(last, Keep) and last.step.node is not None:
-        return last.step.node
-    return last.join.node if isinstance(last, Rejoin) else last.exit if isinstance(last, Fuse) else _last(segments[:-1])
+def _value(segment: Segment) -> Node | None:
+    """The node whose value a segment gives; None for a coefficient of a join."""
+    if isinstance(segment, Keep):
+        return segment.step.node
+    return segment.join.node if isinstance(segment, Rejoin) else segment.exit
 
 
 def _layers(source: Node, segments: tuple[Segment, ...]) -> Iterator[tuple[Node, Fuse]]:
     for segment in segments:
-        if isinstance(segment, Keep):
-            source = segment.step.node or source
-        elif isinstance(segment, Fuse):
+        if isinstance(segment, Fuse):
             yield source, segment
-            source = segment.exit
-        else:
+        elif isinstance(segment, Rejoin):
             for piece in segment.pieces:
                 if not _some_branches(piece, segment.join):
                     yield from _layers(source, piece)
-            source = segment.join.node
+        source = _value(segment) or source
 
 
 def _some_branches(piece: tuple[Segment, ...], join: Join) -> bool:
@@ -157,19 +148,18 @@ def _some_branches(piece: tuple[Segment, ...], join: Join) -> bool:
 
 def kept(segments: Iterable[Segment]) -> Iterator[Step]:
     """Every step that stays, those inside a join that stays included, in order."""
-    for segment in segments:
-        if isinstance(segment, Keep):
-            yield segment.step
-        elif isinstance(segment, Rejoin):
-            for piece in segment.pieces:
-                yield from kept(piece)
+    return (s.step for s in _inside(segments) if isinstance(s, Keep))
 
 
 def fuses(segments: Iterable[Segment]) -> Iterator[Fuse]:
     """Every fused stretch, those inside a join that stays included, in order."""
+    return (s for s in _inside(segments) if isinstance(s, Fuse))
+
+
+def _inside(segments: Iterable[Segment]) -> Iterator[Fuse | Keep]:
     for segment in segments:
-        if isinstance(segment, Fuse):
-            yield segment
-        elif isinstance(segment, Rejoin):
+        if isinstance(segment, Rejoin):
             for piece in segment.pieces:
-                yield from fuses(piece)
+                yield from _inside(piece)
+        else:
+            yield segment

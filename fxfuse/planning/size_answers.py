@@ -23,18 +23,15 @@ def answers(parts: Sequence[Step | Join], sized: Sized) -> dict[Node, bool] | No
     gone = {n for p in parts for n in part_nodes(p)}
     end = exit_of(parts)
     asked = {n for n in gone if n in sized and n is not end and not gone.issuperset(sized[n])}
+    keeps = [isinstance(p, Step) and p.op.keeps_size for p in parts]
     found: dict[Node, bool] = {}
     for number, part in enumerate(parts):
         here = asked.intersection(part_nodes(part))
         if isinstance(part, Step) and part.moved:
             asked -= here  # who reads it will read what it stood on, of the same size
         elif here and isinstance(part, Step) and here == {part.node}:
-            if all(map(_keeps_size, parts[: number + 1])):
+            if all(keeps[: number + 1]):
                 found[here.pop()] = True
-            elif all(map(_keeps_size, parts[number + 1 :])):
+            elif all(keeps[number + 1 :]):
                 found[here.pop()] = False
     return found if asked == found.keys() else None
-
-
-def _keeps_size(part: Step | Join) -> bool:
-    return isinstance(part, Step) and part.op.keeps_size

@@ -55,7 +55,7 @@ def reshaped(value: Node, view: View, own: Collection[Node]) -> tuple[Node, ...]
             seen.add(user)
             if user.op == "output":
                 return _noticed("the model returns it", f"{node.name}")
-            if plain(user.target) in _STRIDES or _asks_layout(user):
+            if plain(user.target) in _STRIDES or user.kwargs.get("memory_format") is not None:
                 return _noticed("its strides are asked for", f"by {user.name}")
             if shape_reader(user) or _fresh(user, view):
                 continue
@@ -72,11 +72,6 @@ def reshaped(value: Node, view: View, own: Collection[Node]) -> tuple[Node, ...]
 def _noticed(why: str, detail: str, remedy: str = "") -> Refusal:
     reason = f"beside other layers of one tensor its output would be a slice of a wider one, and {why}"
     return Refusal(reason, detail=detail, remedy=remedy)
-
-
-def _asks_layout(user: Node) -> bool:
-    """`aten.clone(memory_format=...)` and the like, which keep or change an order in memory."""
-    return user.kwargs.get("memory_format") is not None
 
 
 def _fresh(user: Node, view: View) -> bool:
