@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import count, randomize
-from test_laws import integers
+from law_cases import integers
 from torch import Tensor, nn
 
 import fxfuse
