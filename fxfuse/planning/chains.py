@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
-
-from torch.fx import Node
 
 from fxfuse.algebra import combine
 from fxfuse.algebra.operator import IDENTITY, Operator
@@ -22,7 +19,6 @@ from fxfuse.planning.fusing import STEPS, TOO_LONG, WINDOW, Fusing, Option, Resu
 from fxfuse.planning.joins import best_of_join
 from fxfuse.planning.regions import Chain, Join, Step
 from fxfuse.planning.sites import Fuse, Keep, Refused, Segment
-from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 
 UNREACHED: Price = (10**9, Fraction(0), 0)
@@ -31,18 +27,8 @@ NOT_ABSORBED: Price = (10**6, Fraction(0), 0)  # a moved factor that no layer ta
 
 def best_of_chain(fusing: Fusing, chain: Chain, area: Fraction) -> Option:
     """Best cover of the parts in the order that allows the cheapest; `area` are positions before the chain."""
-    best = _cover(fusing, chain, area)
-    for order in orders(chain.parts, partial(_free, fusing.view)):
-        other = _cover(fusing, replace(chain, parts=order), area)
-        best = other if other.price < best.price else best
-    return best
-
-
-def _free(view: View, node: Node, settled: bool = True) -> bool:
-    """Whether a node may vanish: no rank was taken for granted, and its order in memory is nobody's concern."""
-    affine = view.affine
-    layers = all(u in affine and affine[u].op.weighted for u in view.readers(node))
-    return affine[node].assumes is None and (settled or layers)
+    every = (chain.parts, *orders(chain.parts, fusing.view))
+    return min((_cover(fusing, replace(chain, parts=parts), area) for parts in every), key=lambda o: o.price)
 
 
 def _cover(fusing: Fusing, chain: Chain, area: Fraction) -> Option:

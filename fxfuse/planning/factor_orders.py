@@ -8,9 +8,8 @@ to. Carries that undo each other, once nothing is left between them, are the ide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 
 from torch.fx import Node
@@ -20,27 +19,24 @@ from fxfuse.planning.memory_order import ROWS, Order, norm_keeps, order_after, o
 from fxfuse.planning.regions import Join, Step, first_spatial, part_nodes
 from fxfuse.reading.movable.commuting import undone
 from fxfuse.reading.movable.factor_ways import axes_of, passes
+from fxfuse.reading.view import View
 
 Part = Step | Join
 
 
-def orders(parts: list[Part], free: Callable[..., bool]) -> Iterator[list[Part]]:
-    """Other orders of `parts` that compute the same: factors moved up where there is a layer, else down; and reversed.
-
-    `free(node, settled=...)` tells whether a node of a detour may vanish: nothing was taken for granted about it,
-    and nobody would notice in which order its value lies in memory, where that is not settled.
-    """
+def orders(parts: list[Part], view: View) -> Iterator[list[Part]]:
+    """Other orders of `parts` that compute the same: factors moved up where a layer is, else down; or reversed."""
     if not any(isinstance(p, Step) and p.op.kind in ("carry", "pool") for p in parts):
         return
     found = [parts]
     for up in (True, False):
-        order = _order(parts, up, free)
+        order = _order(parts, up, view)
         if order not in found:
             found.append(order)
             yield order
 
 
-def _order(parts: list[Part], up: bool, free: Callable[..., bool]) -> list[Part]:
+def _order(parts: list[Part], up: bool, view: View) -> list[Part]:
     result, run = list[Part](), list[Step]()
     before: Part | None = None
     for part in (*parts, None):
@@ -53,7 +49,7 @@ def _order(parts: list[Part], up: bool, free: Callable[..., bool]) -> list[Part]
         elif after:
             run = factors_first(run[::-1], None)[::-1]
         settled = after or (before is not None and _rows_only(run, before))
-        result += _without_detours(run, partial(free, settled=settled))
+        result += _without_detours(run, settled, view)
         result += [] if part is None else [part]
         run, before = [], part if after else None
     return result
@@ -106,10 +102,11 @@ def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
 def _rows_only(run: Sequence[Step], layer: Part) -> bool:
     """Whether everything in a run lies in row-major order, so that nothing changes if carries in it vanish."""
     first = order_of_layer(first_spatial(layer))
-    return all(order == ROWS for order in accumulate(run, lambda o, s: order_after(o, s.op), initial=first))
+    found = [*accumulate(run, lambda order, step: order_after(order, step.op), initial=first)]
+    return all(order == ROWS for order in found[1:] or found)
 
 
-def _without_detours(run: list[Step], free: Callable[..., bool]) -> list[Step]:
+def _without_detours(run: list[Step], settled: bool, view: View) -> list[Step]:
     """Carries that undo each other as one step that is the identity, if nobody else reads a value between them."""
     inside = {n for s in run for n in part_nodes(s)}
     for first, step in enumerate(run):
@@ -121,11 +118,17 @@ def _without_detours(run: list[Step], free: Callable[..., bool]) -> list[Step]:
             end = run[last].node
             if last > first and undone(turns) and step.node is not None and end is not None:
                 between = _between(step.node, end, inside)
-                if all(set(n.users) <= inside and free(n, settled=True) for n in between) and free(end):
+                if all(set(n.users) <= inside and _free(n, True, view) for n in between) and _free(end, settled, view):
                     others = tuple(s.node for s in run[first:last] if s.node is not None)
                     detour = Step(end, replace(IDENTITY, path=step.op.path), others=others)
-                    return [*run[:first], detour, *_without_detours(run[last + 1 :], free)]
+                    return [*run[:first], detour, *_without_detours(run[last + 1 :], settled, view)]
     return run
+
+
+def _free(node: Node, settled: bool, view: View) -> bool:
+    """Whether a node may vanish: no rank was taken for granted, and its order in memory is `settled` or no concern."""
+    layers = all(u in view.affine and view.affine[u].op.weighted for u in view.readers(node))
+    return view.affine[node].assumes is None and (settled or layers)
 
 
 def _between(first: Node, end: Node, inside: set[Node]) -> list[Node]:

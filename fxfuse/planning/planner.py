@@ -49,18 +49,15 @@ class Planner:
         trees, fused = self.view.passage.trees.keys(), self.fused.keys()
         divided = frozenset(f for f, d in self.view.passage.divisions.items() if not fused >= {*d.factors})
         shared = frozenset(trees - fused - divided)
-        while shared or divided:  # factors that every layer before or after them takes, or none
+        left = shared | divided
+        while left:  # factors that every layer before or after them takes, or none
             sites, left = self._round(shared, divided)
-            if not left:
-                break
             shared, divided = (shared - left) | (divided & left & trees), divided - left
-            if not shared and not divided:
-                sites, _ = self._round(shared, divided)
         told = {n for r in self.refused for n in r.nodes}
         alone = Alone(self.fusing, self.joined, self.fused, told).refusals()
         return Plan(tuple(sites), tuple(dict.fromkeys((*(r.refusal for r in self.refused), *alone))))
 
-    def _round(self, shared: frozenset[Node], divided: frozenset[Node]) -> tuple[list[Site], set[Node]]:
+    def _round(self, shared: frozenset[Node], divided: frozenset[Node]) -> tuple[list[Site], frozenset[Node]]:
         """All sites with something to fuse, and those `shared` or `divided` factors that a layer does not take."""
         chains, sites, left = find(self.view, shared, divided), list[Site](), set[Node]()
         self.refused, self.fused = [], {}
@@ -83,4 +80,4 @@ class Planner:
                 self.fused |= taken
             left |= {roots[n] for n in stay & roots.keys()}
         left |= {d for d in divided if min(absorbed[f] for f in divisions[d].factors) < len(divisions[d].portions)}
-        return sites, left
+        return sites, frozenset(left)

@@ -25,6 +25,7 @@ from fxfuse.reading.movable.factor_ways import passes
 from fxfuse.reading.runs import before
 from fxfuse.refusal import Refusal
 
+FRAME = "exact with a frame, but it would cost more"
 NAMED = 3  # readers of a value that a refusal names
 
 
@@ -112,17 +113,15 @@ class Alone:
 
     def _below(self, node: Node, affine: Affine) -> str:
         """Who reads a batch norm, and why a layer that does cannot absorb it."""
-        view, told = self.fusing.view, []
-        readers = view.readers(node)
+        readers, told = self.fusing.view.readers(node), list[str]()
         for reader in readers[:NAMED]:
-            after = view.affine.get(reader)
-            absorbs = after is not None and after.op.weighted
-            both = self.fusing.combine("chain", affine.op, after.op) if after is not None and absorbs else None
-            dear = "exact with a frame, but it would cost more" if isinstance(both, Operator) and both.framed else ""
-            why = both.reason if isinstance(both, Refusal) else dear
+            after, why = self.fusing.view.affine.get(reader), ""
+            if after is not None and after.op.weighted:
+                both = self.fusing.combine("chain", affine.op, after.op)
+                why = both.reason if isinstance(both, Refusal) else FRAME if both.framed else ""
             told.append(f"{place(reader)} ({why})" if why else place(reader))
-        more = [f"{len(readers) - NAMED} more"] if len(readers) > NAMED else []
-        return f"read by {', '.join(told + more)}" if told else "read by nobody"
+        told += [f"{len(readers) - NAMED} more"] if len(readers) > NAMED else []
+        return f"read by {', '.join(told) or 'nobody'}"
 
     def _layer_norm(self, node: Node) -> list[Refusal]:
         """One whose weight and bias the layers after it could take; folded, they took .98 to 1.10 of the time."""

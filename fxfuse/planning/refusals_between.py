@@ -10,8 +10,6 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
-from torch.fx import Node
-
 from fxfuse.algebra import combine
 from fxfuse.algebra.operator import Operator
 from fxfuse.planning.fusing import STEPS, TOO_LONG, WINDOW, Fusing, Result
@@ -41,11 +39,10 @@ def in_chain(
         elif isinstance(refusal, Operator):
             refusal = unfused(fusing, refusal, apart, area, parts)
         elif _multipliable(f, g):
-            numbers = _too_dear(fusing, combine.product(f, g), apart, area, exit_of(parts)).detail
-            refusal = replace(refusal, detail=f"{refusal.detail}; merged, {numbers}" if refusal.detail else numbers)
-        where = g.path or f.path or str(chain.parts[right[0]].node)
-        nodes = (n for p in chain.parts[right[0] : right[1]] for n in part_nodes(p))
-        found.append(Refused(refusal.at(where), tuple(nodes)))
+            numbers = unfused(fusing, combine.product(f, g), apart, area, parts).detail
+            refusal = replace(refusal, detail="; merged, ".join(filter(None, (refusal.detail, numbers))))
+        refusal = refusal.at(g.path or f.path or str(chain.parts[right[0]].node))
+        found.append(Refused(refusal, tuple(n for p in chain.parts[slice(*right)] for n in part_nodes(p))))
     return found
 
 
@@ -72,30 +69,17 @@ def unfused(
     area: Fraction,
     parts: Sequence[Step | Join],
 ) -> Refusal:
-    """What forbids a merge that the patterns allow, or else its cost."""
-    found = fusing.fused(both, parts, area)
-    dear = _too_dear(fusing, both, apart, area, exit_of(parts))
-    return found.by(dear.pattern) if isinstance(found, Refusal) else dear
-
-
-def _too_dear(
-    fusing: Fusing, both: Operator, apart: Sequence[tuple[Operator, Fraction]], area: Fraction, end: Node
-) -> Refusal:
-    """The refusal of a merge that is exact but does not pay, with its two numbers."""
+    """What forbids a merge that the patterns allow, or else that it does not pay, with its two numbers."""
     before = [a for op, _ in apart for a in op.applied]
     pattern = both.applied[-1] if len(set(both.applied)) == 1 else ""
     pattern = next((a for a in both.applied if a not in before), pattern)
-    ready = combine.finish(both)
-    if isinstance(ready, Refusal):
-        return ready.by(pattern)
-    unit = area if area else Fraction(1)
-
-    def cost(op: Operator, positions: Fraction) -> Fraction:
-        return fusing.price(op, positions, 1, end)[1] / unit
-
-    together, single = cost(ready[0], area), sum((cost(o, a) for o, a in apart), Fraction(0))
-    border = together - cost(replace(ready[0], framed=False), area)
-    of_border = f", {_number(border)} of it for the border" if ready[0].framed else ""
+    found, end, unit = fusing.fused(both, parts, area), exit_of(parts), area or Fraction(1)
+    if isinstance(found, Refusal):
+        return found.by(pattern)
+    together = found[0][1] / unit
+    single = sum((fusing.price(o, a, 1, end)[1] for o, a in apart), Fraction(0)) / unit
+    border = together - fusing.price(replace(found[1].op, framed=False), area, 1, end)[1] / unit
+    of_border = f", {_number(border)} of it for the border" if found[1].op.framed else ""
     return Refusal(
         "exact, but merged it would cost more",
         detail=f"{_number(together)} instead of {_number(single)} per output position{of_border}",

@@ -87,10 +87,9 @@ class Gather:
     def _activation(self, fuse: Fuse) -> tuple[Node | None, Activation | None]:
         """The activation that alone reads the layer's output."""
         users = list(fuse.exit.users)
-        if fuse.pool is not None or len(users) != 1 or users[0] in self.regions:
-            return None, None
-        found = read(users[0], self.view.captured.modules)
-        return (None, None) if found is None else (users[0], found)
+        alone = fuse.pool is None and len(users) == 1 and users[0] not in self.regions
+        found = read(users[0], self.view.captured.modules) if alone else None
+        return (None if found is None else users[0]), found
 
     def _groups(self, members: list[_Member]) -> list[Siblings]:
         """Layers of one value, gathered by their geometry."""
