@@ -11,15 +11,16 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 
-class FramedConv1d(nn.Conv1d):
-    """`nn.Conv1d` that adds a frame: [B, C, L] or [C, L] to [B, N, L'] or [N, L'].
+class _Framed(_ConvNd):
+    """What the three below have in common.
 
     Args:
-        *args: those of `nn.Conv1d`; `padding` is 0 where `sides` differ.
+        *args: those of the convolution; `padding` is 0 where `sides` differ.
         sides: (low, high) padding of each dim.
-        **fields: those of `nn.Conv1d`.
+        **fields: those of the convolution.
 
     Attributes:
         frame: parameter [N, 1, *K] in the dtype of the weight.
@@ -31,11 +32,19 @@ class FramedConv1d(nn.Conv1d):
 
     def __init__(self, *args: Any, sides: tuple[tuple[int, int], ...], **fields: Any) -> None:
         super().__init__(*args, **fields)
-        _frame(self, sides)
+        self.sides = sides
+        self.amounts = [a for pair in sides[::-1] for a in pair]  # as F.pad takes them
+        self.uneven = any(low != high for low, high in sides)
+        self.frame = nn.Parameter(self.weight.new_zeros((self.out_channels, 1, *self.kernel_size)))
+
+    def _at_border(self, border: Tensor) -> Tensor:
+        """The convolution of the map `border`, a batch of one channel, with the frame."""
+        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        border = F.pad(input.new_zeros((1, 1, input.size(-1))), self.amounts, value=1.0)
-        frame = F.conv1d(border, self.frame, None, self.stride, 0, self.dilation)
+        inside = input.new_zeros(input.shape[-len(self.kernel_size) :])
+        border = F.pad(inside, self.amounts, value=1.0).unsqueeze(0).unsqueeze(0)
+        frame = self._at_border(border)
         if self.uneven:
             input = F.pad(input, self.amounts)
         out: Tensor = self._conv_forward(input, self.weight, self.bias)
@@ -45,58 +54,25 @@ class FramedConv1d(nn.Conv1d):
         return f"{super().extra_repr()}, sides={self.sides}"  # type: ignore[no-untyped-call]
 
 
-class FramedConv2d(nn.Conv2d):
-    """`nn.Conv2d` that adds a frame: [B, C, H, W] or [C, H, W]; see `FramedConv1d`."""
+class FramedConv1d(_Framed, nn.Conv1d):
+    """`nn.Conv1d` that adds a frame: [B, C, L] or [C, L] to [B, N, L'] or [N, L']."""
 
-    frame: Tensor
-    amounts: list[int]
-    uneven: bool
-
-    def __init__(self, *args: Any, sides: tuple[tuple[int, int], ...], **fields: Any) -> None:
-        super().__init__(*args, **fields)
-        _frame(self, sides)
-
-    def forward(self, input: Tensor) -> Tensor:
-        border = F.pad(input.new_zeros((1, 1, input.size(-2), input.size(-1))), self.amounts, value=1.0)
-        frame = F.conv2d(border, self.frame, None, self.stride, 0, self.dilation)
-        if self.uneven:
-            input = F.pad(input, self.amounts)
-        out: Tensor = self._conv_forward(input, self.weight, self.bias)
-        return out.add_(frame[0])
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sides={self.sides}"  # type: ignore[no-untyped-call]
+    def _at_border(self, border: Tensor) -> Tensor:
+        return F.conv1d(border, self.frame, None, self.stride, 0, self.dilation)
 
 
-class FramedConv3d(nn.Conv3d):
-    """`nn.Conv3d` that adds a frame: [B, C, D, H, W] or [C, D, H, W]; see `FramedConv1d`."""
+class FramedConv2d(_Framed, nn.Conv2d):
+    """`nn.Conv2d` that adds a frame: [B, C, H, W] or [C, H, W]."""
 
-    frame: Tensor
-    amounts: list[int]
-    uneven: bool
-
-    def __init__(self, *args: Any, sides: tuple[tuple[int, int], ...], **fields: Any) -> None:
-        super().__init__(*args, **fields)
-        _frame(self, sides)
-
-    def forward(self, input: Tensor) -> Tensor:
-        size = (1, 1, input.size(-3), input.size(-2), input.size(-1))
-        border = F.pad(input.new_zeros(size), self.amounts, value=1.0)
-        frame = F.conv3d(border, self.frame, None, self.stride, 0, self.dilation)
-        if self.uneven:
-            input = F.pad(input, self.amounts)
-        out: Tensor = self._conv_forward(input, self.weight, self.bias)
-        return out.add_(frame[0])
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sides={self.sides}"  # type: ignore[no-untyped-call]
+    def _at_border(self, border: Tensor) -> Tensor:
+        return F.conv2d(border, self.frame, None, self.stride, 0, self.dilation)
 
 
-def _frame(layer: Any, sides: tuple[tuple[int, int], ...]) -> None:
-    layer.sides = sides
-    layer.amounts = [a for pair in sides[::-1] for a in pair]  # as F.pad takes them
-    layer.uneven = any(low != high for low, high in sides)
-    layer.frame = nn.Parameter(layer.weight.new_zeros((layer.out_channels, 1, *layer.kernel_size)))
+class FramedConv3d(_Framed, nn.Conv3d):
+    """`nn.Conv3d` that adds a frame: [B, C, D, H, W] or [C, D, H, W]."""
+
+    def _at_border(self, border: Tensor) -> Tensor:
+        return F.conv3d(border, self.frame, None, self.stride, 0, self.dilation)
 
 
 FRAMED: dict[int, Any] = {1: FramedConv1d, 2: FramedConv2d, 3: FramedConv3d}
