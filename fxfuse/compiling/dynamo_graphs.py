@@ -7,6 +7,7 @@ them. Dynamo's own graph is never edited: it reads the placeholders' metadata ag
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,26 +132,19 @@ def _path(node: Node) -> str:
 def _put(root: nn.Module, path: str, value: Any) -> str:
     """Hold `value` at `path`, or at the next free path like it; the path it got."""
     *owners, name = path.split(".")
-    holder = root
+    holder: Any = root
     for owner in owners:
-        inner = holder._modules.get(owner)
-        if inner is None and not hasattr(holder, owner):
-            inner = nn.Module()
-            holder.add_module(owner, inner)
-        if type(inner) is not nn.Module:
+        if not hasattr(holder, owner):
+            holder.add_module(owner, nn.Module())
+        holder = getattr(holder, owner)
+        if type(holder) is not nn.Module:
             return _put(root, path.replace(".", "_"), value)
-        holder = inner
-    free, count = name, 0
-    while hasattr(holder, free):
-        if getattr(holder, free) is value:
-            break
-        count += 1
-        free = f"{name}_{count}"
+    names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+    free = next(n for n in names if getattr(holder, n, value) is value)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        holder.register_buffer(free, value)
     else:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            holder.register_buffer(free, value)
-        else:
-            setattr(holder, free, value)
+        setattr(holder, free, value)
     return ".".join((*owners, free))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,18 @@ def watch_optimizers() -> None:
         _hook = register_optimizer_step_post_hook(_after_step)
 
 
+@dataclass(slots=True)
+class Seen:
+    """The state of tensors at one moment; `words` are where some of their `numbers` lie in memory."""
+
+    epoch: int
+    touches: int
+    versions: list[int]
+    addresses: list[int]
+    words: list[Any]
+    numbers: list[int]
+
+
 class WeightSet:
     """The state tensors of one model, weakly, and what was made of them.
 
@@ -81,50 +94,36 @@ class WeightSet:
                 gone(this)
 
         self.refs = [weakref.ref(t, lost) for t in tensors]
-        self.show(self.noted(tensors))
+        self.seen = self.now(tensors)  # when the runner was made
 
-    def noted(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    def now(self, tensors: Sequence[Tensor]) -> Seen:
         """The state of the tensors as it is now."""
+        versions, addresses = [tensors[i]._version for i in self.counted], [t.data_ptr() for t in tensors]
         words = [word for i in self.looked for word in _some(tensors[i])]
-        return {
-            "epoch": _epoch,
-            "touches": _touches,
-            "versions": [tensors[i]._version for i in self.counted],
-            "addresses": [t.data_ptr() for t in tensors],
-            "words": words,
-            "numbers": [word.value for word in words],
-        }
-
-    def show(self, noted: dict[str, Any]) -> None:
-        """From now on this state is that of the runner."""
-        self.epoch: int = noted["epoch"]
-        self.touches: int = noted["touches"]
-        self.versions: list[int] = noted["versions"]
-        self.words: list[Any] = noted["words"]
-        self.numbers: list[int] = noted["numbers"]
-        self.addresses: list[int] = noted["addresses"]
+        return Seen(_epoch, _touches, versions, addresses, words, [word.value for word in words])
 
     def fresh(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors, known to be those of the set, are unchanged."""
-        if self.epoch != _epoch or (self.touches != _touches and self._was_touched()):
+        seen = self.seen
+        if seen.epoch != _epoch or (seen.touches != _touches and self._was_touched()):
             return False
         if self.check != "full":
             return True
         if len(self.counted) == len(tensors):
-            same = self.versions == [t._version for t in tensors]
+            same = seen.versions == [t._version for t in tensors]
         else:  # inference tensors have no version
-            same = self.versions == [tensors[i]._version for i in self.counted]
+            same = seen.versions == [tensors[i]._version for i in self.counted]
         # the numbers last: they lie in memory of tensors that are now known to be where they were
         return (
             same
-            and self.addresses == [t.data_ptr() for t in tensors]
-            and self.numbers == [word.value for word in self.words]
+            and seen.addresses == [t.data_ptr() for t in tensors]
+            and seen.numbers == [word.value for word in seen.words]
         )
 
     def _was_touched(self) -> bool:
-        if any(_touched.get(i, 0) > self.touches for i in self.ids):
+        if any(_touched.get(i, 0) > self.seen.touches for i in self.ids):
             return True
-        self.touches = _touches
+        self.seen.touches = _touches
         return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,10 +37,31 @@ def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> 
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    for node in list(graph.find_nodes(op="get_attr")):
+    _drop_unread(graph)
+    return attributes
+
+
+def attributes_as_inputs(graph: Graph, paths: Iterable[str]) -> list[Node]:
+    """Turn the attributes at `paths` into inputs behind those there are; attributes that nothing reads go."""
+    nodes: dict[str, list[Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        nodes.setdefault(str(node.target), []).append(node)
+    inputs = []
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        for path in paths:
+            new = graph.placeholder("weight_" + path.replace(".", "_"))
+            new.meta = dict(nodes[path][0].meta)
+            for node in nodes[path]:
+                node.replace_all_uses_with(new)
+            inputs.append(new)
+    _drop_unread(graph)
+    return inputs
+
+
+def _drop_unread(graph: Graph) -> None:
+    for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
-    return attributes
 
 
 def _call(graph: Graph, layer: Any, args: tuple[Any, ...], parameters: list[Node | None]) -> Node:

@@ -222,7 +222,7 @@ def test_weights_that_cannot_be_folded_run_as_they_are() -> None:
 def test_global_freezing_is_folded_too_and_its_danger_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxfuse.compiling.backend._told", set())
+    monkeypatch.setattr("fxfuse.compiling.fused_graph._told", set())
     model, other, inner = build(), build(seed=1), Counting()
     f, g = compiled(model, inner), compiled(other, inner)
     with torch._inductor.config.patch(freezing=True), torch.no_grad(), caplog.at_level(logging.WARNING, "fxfuse"):
