@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import inspect
 import json
 import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from difflib import get_close_matches
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -30,6 +25,7 @@ from torch import Tensor, nn
 
 from fxfuse import __version__
 from fxfuse.capture.parts import WAYS
+from fxfuse.cli.models import FORMS, UsageError, load, one_line
 from fxfuse.cost import COSTS
 from fxfuse.optimize import optimize, plan, report
 from fxfuse.pattern import Example, Pattern, known
@@ -37,11 +33,6 @@ from fxfuse.refusal import CaptureError, VerificationError
 from fxfuse.reporting.timing import compare
 
 DEFAULT_INPUT = (1, 3, 224, 224)
-FORMS = "timm:NAME, torchvision:NAME, package.module:factory or path.py:factory"
-
-
-class UsageError(Exception):
-    """What the user typed cannot work; the message names the culprit and the remedy."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,17 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"fxfuse: error: {_line(error)}", file=sys.stderr)
+    print(f"fxfuse: error: {one_line(error)}", file=sys.stderr)
     return code
-
-
-def _line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_line(error)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +115,7 @@ def _report(args: argparse.Namespace) -> str:
     # what a model prints or warns about on its way must not get between the lines of the report
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), _shown(args.model):
         warnings.simplefilter("ignore")
-        model = _load(args.model)
+        model = load(args.model)
         if model.training:
             model.eval()
         inputs = tuple(_random(shape, model) for shape in shapes) or None
@@ -149,7 +131,7 @@ def _report(args: argparse.Namespace) -> str:
         except (ValueError, CaptureError) as error:
             tried = " ".join("--input " + ",".join(map(str, s)) for s in shapes)
             hint = f"; tried {tried}: give shapes it takes" if "example_inputs" in str(error) else ""
-            raise UsageError(f"{_line(error)}{hint}") from error
+            raise UsageError(f"{one_line(error)}{hint}") from error
     if args.json:
         return json.dumps(result.to_dict(), indent=2)
     return result.to_markdown() if args.markdown else str(result)
@@ -187,98 +169,7 @@ def _random(shape: tuple[int, ...], model: nn.Module) -> Tensor:
         return numbers.to(like.device, like.dtype)
     except (RuntimeError, TypeError) as error:
         text = ",".join(map(str, shape))
-        raise UsageError(f"--input {text} cannot be made: {_line(error)}; use a smaller one") from error
-
-
-def _load(target: str) -> nn.Module:
-    """The model that MODEL names.
-
-    Raises:
-        UsageError: it cannot be found, imported or built.
-    """
-    zoo, _, name = target.partition(":")
-    if zoo in ("timm", "torchvision") and name:
-        return _from_zoo(zoo, name)
-    place, _, name = target.rpartition(":")
-    if not place or not name:
-        raise UsageError(f"{target!r} names no model: give {FORMS}")
-    found: Any = _import_file(Path(place)) if place.endswith(".py") else _import(place, [Path.cwd()])
-    for part in name.split("."):
-        try:
-            found = getattr(found, part)
-        except Exception as error:  # a module may compute its attributes
-            there = getattr(found, "__dict__", {})
-            offered = {n for n, v in there.items() if isinstance(v, nn.Module) or _makes_modules(v)}
-            raise UsageError(f"{place} has no {name!r}; {_instead(name, offered)}") from error
-    return found if isinstance(found, nn.Module) else _build(found, target)
-
-
-def _makes_modules(value: Any) -> bool:
-    return issubclass(value, nn.Module) if isinstance(value, type) else inspect.isfunction(value)
-
-
-def _instead(name: str, offered: Iterable[str]) -> str:
-    """What else there is: the names alike, or all while they are few."""
-    names = sorted(offered)
-    close = get_close_matches(name, names, 3, 0.5) or (names if len(names) <= 12 else [])
-    return f"did you mean {' or '.join(close)}?" if close else "check the spelling"
-
-
-def _from_zoo(zoo: str, name: str) -> nn.Module:
-    package = _import("timm" if zoo == "timm" else "torchvision.models", [])
-    everything = package.list_models()
-    if not (package.is_model(name) if zoo == "timm" else name in everything):
-        raise UsageError(f"{zoo} has no model {name!r}; {_instead(name, everything)}")
-    if zoo == "timm":
-        return _build(lambda: package.create_model(name, pretrained=False), f"timm:{name}")
-    builder = package.get_model_builder(name)
-    none = {k: None for k in ("weights", "weights_backbone") if k in inspect.signature(builder).parameters}
-    return _build(lambda: builder(**none), f"torchvision:{name}")
-
-
-def _build(factory: Any, target: str) -> nn.Module:
-    if not callable(factory):
-        kind = type(factory).__name__
-        raise UsageError(f"{target} is of type {kind}: name an nn.Module, or a class or function that makes one")
-    try:
-        model = factory()
-    except Exception as error:
-        raise UsageError(
-            f"{target} does not build: {_named(error)}; name a class or function that works without arguments"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{target} gives an object of type {type(model).__name__}: it has to give an nn.Module")
-    return model
-
-
-def _import(name: str, folders: list[Path]) -> ModuleType:
-    """A module by its dotted name, looked for in `folders` first."""
-    sys.path[:0] = [str(folder) for folder in folders]
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if missing == name or name.startswith(f"{missing}."):
-            raise UsageError(f"there is no module {missing}: install it, or run where it can be imported") from error
-        raise UsageError(f"{name} cannot be imported: it needs {missing}; install that") from error
-    except (Exception, SystemExit) as error:  # importing runs anything, and anything may go wrong in it
-        remedy = f"install versions that fit torch {torch.__version__}" if not folders else "mend that first"
-        raise UsageError(f"{name} cannot be imported: {_named(error)}; {remedy}") from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    """A file as a module, under its dotted name where it lies in packages so that relative imports work."""
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    path = path.resolve()
-    names, folder = [path.stem] if path.stem != "__init__" else [], path.parent
-    while (folder / "__init__.py").is_file():
-        names.insert(0, folder.name)
-        folder = folder.parent
-    module = _import(".".join(names), [folder, Path.cwd(), path.parent])
-    if Path(str(module.__file__)).resolve() != path:
-        raise UsageError(f"{path} has the name of the module {module.__name__}, which is in use already: rename it")
-    return module
+        raise UsageError(f"--input {text} cannot be made: {one_line(error)}; use a smaller one") from error
 
 
 def _patterns(args: argparse.Namespace) -> str:
