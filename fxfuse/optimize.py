@@ -1,4 +1,4 @@
-"""The pipeline: capture, view, regions, plan, rewrite, verify, report."""
+"""`optimize`, `plan` and `report`, as users call them: arguments checked, the result verified and its report kept."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from fxfuse.capture.example_shapes import as_tuple, inputs_of
-from fxfuse.capture.parts import Part, survey
+from fxfuse.capture.example_shapes import as_tuple
 from fxfuse.cost import CostFunction, cost_name, resolve
-from fxfuse.pattern import select
+from fxfuse.pattern import Selection, select
 from fxfuse.refresh import store, stored
 from fxfuse.reporting.report import Report, Reports
 from fxfuse.reporting.verify import verify as compare
-from fxfuse.whole_model import Outcome, sizes, ways
+from fxfuse.whole_model import fuse_parts
 
 logger = logging.getLogger("fxfuse")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,7 +37,7 @@ def _undisturbed(function: Function) -> Function:
         enabled = gc.isenabled()
         gc.disable()
         try:
-            with torch.inference_mode(False):  # or the new parameters could never be trained
+            with torch.inference_mode(False):
                 return function(*args, **kwargs)
         finally:
             if enabled:
@@ -89,14 +88,13 @@ def optimize(
     inputs = as_tuple(example_inputs)
     if verify and inputs is None:
         raise ValueError("verify needs example_inputs to run the model on")
-    root, outcome = _run(model, inputs, patterns, cost, capture, dry_run=False)
-    fused = outcome.module(model)
+    parts = fuse_parts(model, inputs, *_checked(model, patterns, cost), capture, dry_run=False)
+    fused = parts.module()
     error = None
     if verify and inputs is not None:
-        error = compare(model, fused, inputs, None if verify is True else float(verify), root.how)
-    params = sum(p.numel() for p in fused.parameters())
-    report = _report(model, root, outcome, params, cost_name(cost), started, max_error=error)
-    store(fused, report, outcome.replays)
+        error = compare(model, fused, inputs, None if verify is True else float(verify), parts.root.how)
+    report = parts.report(cost_name(cost), started, fused, error)
+    store(fused, report, parts.replays)
     logger.info("%s", report.headline)
     return fused
 
@@ -112,10 +110,8 @@ def plan(
 ) -> Report:
     """What `optimize` would do, without reading a weight or building a model. Raises as `optimize`."""
     started = time.perf_counter()
-    root, outcome = _run(model, as_tuple(example_inputs), patterns, cost, capture, dry_run=True)
-    saved = sum(b.params - a.params for b, a in zip(outcome.before, outcome.after, strict=True))
-    params = sum(p.numel() for p in model.parameters()) - saved
-    return _report(model, root, outcome, params, cost_name(cost), started, dry_run=True)
+    parts = fuse_parts(model, as_tuple(example_inputs), *_checked(model, patterns, cost), capture, dry_run=True)
+    return parts.report(cost_name(cost), started)
 
 
 def report(fused: nn.Module) -> Any:
@@ -127,6 +123,7 @@ def report(fused: nn.Module) -> Any:
     Raises:
         TypeError: the module does not come from `optimize`, and no graph of it was compiled by fxfuse.
     """
+    # Who has no compiled graph need not wait for torch._dynamo, which the backend imports and which takes seconds.
     compiled = sys.modules.get("fxfuse.compiling.backend")
     found = compiled.reports(fused) if compiled is not None and isinstance(fused, nn.Module) else ()
     if found:
@@ -134,44 +131,13 @@ def report(fused: nn.Module) -> Any:
     return stored(fused)["report"]
 
 
-def _run(
-    model: nn.Module,
-    inputs: tuple[Any, ...] | None,
-    patterns: Iterable[str] | str | None,
-    cost: str | CostFunction,
-    capture: str | None,
-    dry_run: bool,
-) -> tuple[Part, Outcome]:
-    """Every part planned and rewritten; raises on bad arguments before anything else happens."""
+def _checked(
+    model: Any, patterns: Iterable[str] | str | None, cost: str | CostFunction
+) -> tuple[Selection, CostFunction]:
+    """The patterns and the cost meant; raises on bad arguments before anything else happens."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fxfuse takes an nn.Module, not {type(model).__name__}")
     selection, price = select(patterns), resolve(cost)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
-    root = survey(model, inputs, capture)
-    known = inputs_of(model, {p.path: p.module for p in root.walk() if p.captured and p.path}, inputs)
-    outcome = Outcome(selection, price, dry_run)
-    for part in root.walk():
-        if part.captured is None:
-            outcome.stay(part)
-        else:
-            outcome.run(part, known.get(part.path) if part.path else inputs)
-    return root, outcome
-
-
-def _report(
-    model: nn.Module, root: Part, outcome: Outcome, params: int, cost: str, started: float, **fields: Any
-) -> Report:
-    parts = tuple(ways(root)) if root.parts or root.captured is None else ()
-    return Report(
-        model=type(model).__name__,
-        fired=tuple(outcome.fired),
-        refused=tuple(dict.fromkeys(outcome.refused)),
-        before=sizes(outcome.before, sum(p.numel() for p in model.parameters())),
-        after=sizes(outcome.after, params),
-        cost=cost,
-        seconds=time.perf_counter() - started,
-        capture="hierarchical" if root.captured is None else root.how,
-        parts=parts,
-        **fields,
-    )
+    return selection, price

@@ -13,7 +13,7 @@ from fxfuse.rearranging.permutations_left import permutations_left
 from fxfuse.rearranging.prepare import prepare, tidy
 from fxfuse.refusal import Refusal
 from fxfuse.reporting import describe
-from fxfuse.reporting.report import Fired, Totals
+from fxfuse.reporting.fired import Fired, Totals
 from fxfuse.rewriting.rewriter import Recipe, Rewriter
 
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
-from fxfuse.capture.example_shapes import propagate
-from fxfuse.capture.parts import Part
+from fxfuse.capture.example_shapes import inputs_of, propagate
+from fxfuse.capture.parts import Part, survey
 from fxfuse.cost import CostFunction
 from fxfuse.pattern import Selection
 from fxfuse.pipeline import fuse
 from fxfuse.refresh import Replay
 from fxfuse.refusal import Refusal
-from fxfuse.reporting import describe
-from fxfuse.reporting.report import Fired, Totals
+from fxfuse.reporting.describe import layer_totals
+from fxfuse.reporting.fired import Fired, Totals
+from fxfuse.reporting.report import Report
 from fxfuse.rewriting.assemble import keep
 
 
 @dataclass
-class Outcome:
-    """What came of the parts: fused and refused sites under their full paths, totals, recipes."""
+class FusedParts:
+    """What came of the parts of `root`: fused and refused sites under their full paths, totals, recipes.
 
-    patterns: Selection
-    price: CostFunction
+    `memo` holds, by the id of a module, what copies of the model will have in its place.
+    """
+
+    root: Part
     dry_run: bool
     fired: list[Fired] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
@@ -36,53 +41,89 @@ class Outcome:
     after: list[Totals] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
-    def run(self, part: Part, inputs: tuple[Any, ...] | None) -> None:
-        """Fuse one graph; its module, where anything was fused, is what copies of the model will hold."""
-        assert part.captured is not None
-        captured = replace(part.captured, shapes=propagate(part.captured, inputs))
-        done = fuse(captured, self.patterns, self.price, weights=not self.dry_run)
+    def fuse(self, part: Part, captured: Captured, patterns: Selection, price: CostFunction) -> None:
+        """Fuse one graph; a part in which nothing fuses keeps its module, which is as good, and its class."""
+        done = fuse(captured, patterns, price, weights=not self.dry_run)
         self.fired += [replace(f, path=_join(part.path, f.path)) for f in done.fired]
         self.refused += [replace(r, where=_join(part.path, r.where)) for r in done.refused]
         self.before.append(done.before)
         self.after.append(done.after)
         if part.path and not done.fired:
-            return  # the module itself is as good, and keeps its class
+            return
         self.replays += (Replay(part.path, done.recipes, captured.constants, captured.held),)
         if not self.dry_run:
             built = self.memo[id(part.module)] = done.rewriter.build(self.memo)
             keep(built, {name: getattr(part.module, name) for name in part.asked})
 
     def stay(self, part: Part) -> None:
-        """A part that stays Python: its own layers are counted once each, as nobody knows how often they run."""
+        """Count a part that stays Python."""
         self.refused += part.refused
         taken = {id(m) for p in part.parts for m in p.module.modules()}
-        layers = [m for m in part.module.modules() if id(m) not in taken and describe.is_layer(m)]
-        ops = dict(Counter(describe.kind_of(m) for m in layers))
-        weighted = any(getattr(m, "weight", None) is not None and not describe.is_norm(m) for m in layers)
-        totals = Totals(0, 0, None if weighted else 0, ops)
+        totals = layer_totals(m for m in part.module.modules() if id(m) not in taken)
         self.before.append(totals)
         self.after.append(totals)
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self) -> nn.Module:
         """The optimized model: its graph, or a copy that holds the optimized parts."""
+        model = self.root.module
         made: nn.Module = self.memo[id(model)] if id(model) in self.memo else copied(model, self.memo)
         return made
 
+    def report(
+        self, cost: str, started: float, fused: nn.Module | None = None, max_error: float | None = None
+    ) -> Report:
+        """The report of all parts, when `fused` was made of them, or nothing yet."""
+        root, params = self.root, _params(self.root.module)
+        saved = sum(b.params - a.params for b, a in zip(self.before, self.after, strict=True))
+        ways = [(p.path, p.how, p.refused[0].detail if p.captured is None else "") for p in root.walk()]
+        return Report(
+            model=type(root.module).__name__,
+            fired=tuple(self.fired),
+            refused=tuple(dict.fromkeys(self.refused)),
+            before=_together(self.before, params),
+            after=_together(self.after, params - saved if fused is None else _params(fused)),
+            cost=cost,
+            seconds=time.perf_counter() - started,
+            capture="hierarchical" if root.captured is None else root.how,
+            parts=tuple(ways) if root.parts or root.captured is None else (),
+            dry_run=self.dry_run,
+            max_error=max_error,
+        )
 
-def sizes(parts: Sequence[Totals], params: int) -> Totals:
+
+def fuse_parts(
+    model: nn.Module,
+    inputs: tuple[Any, ...] | None,
+    patterns: Selection,
+    price: CostFunction,
+    capture: str | None,
+    dry_run: bool,
+) -> FusedParts:
+    """Every part of the model fused; a dry run computes no weight. Raises as `survey` and `inputs_of`."""
+    root = survey(model, inputs, capture)
+    known = inputs_of(model, {p.path: p.module for p in root.walk() if p.captured and p.path}, inputs)
+    parts = FusedParts(root, dry_run)
+    for part in root.walk():
+        if part.captured is None:
+            parts.stay(part)
+        else:
+            shapes = propagate(part.captured, known.get(part.path) if part.path else inputs)
+            parts.fuse(part, replace(part.captured, shapes=shapes), patterns, price)
+    return parts
+
+
+def _together(parts: Sequence[Totals], params: int) -> Totals:
     """Totals of all parts together; MACs where every part knows its own."""
     ops: Counter[str] = Counter()
     for part in parts:
         ops.update(part.ops)
-    macs = [p.macs for p in parts]
-    known = None if None in macs else sum(m for m in macs if m is not None)
+    macs = [p.macs for p in parts if p.macs is not None]
+    known = sum(macs) if len(macs) == len(parts) else None
     return Totals(sum(p.nodes for p in parts), params, known, dict(sorted(ops.items())))
 
 
-def ways(root: Part) -> Iterator[tuple[str, str, str]]:
-    """Path, way of capture and, where a module stays Python, the reason."""
-    for part in root.walk():
-        yield part.path, part.how, part.refused[0].detail if part.captured is None else ""
+def _params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _join(prefix: str, path: str) -> str:

@@ -16,7 +16,7 @@ from fxfuse.planning.regions import Join, Step, exit_of
 from fxfuse.planning.sites import Fuse, Plan, Siblings, fuses
 from fxfuse.reading.view import View
 from fxfuse.rearranging.pool_first import Swapped
-from fxfuse.reporting.report import Fired, Totals
+from fxfuse.reporting.fired import Fired, Totals
 
 _ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "addmm": "linear"}
 
@@ -28,25 +28,18 @@ def totals(graph: Graph, modules: Mapping[str, nn.Module], params: int, macs: in
     return Totals(len(graph.nodes), params, macs, dict(sorted(ops.items())))
 
 
+def layer_totals(modules: Iterable[nn.Module]) -> Totals:
+    """Totals of modules that no graph calls: layers are counted once each, as nobody knows how often they run."""
+    layers = [m for m in modules if isinstance(m, (*CONVS, nn.Linear, *NORMS))]
+    weighted = any(getattr(m, "weight", None) is not None and not isinstance(m, tuple(NORMS)) for m in layers)
+    return Totals(0, 0, None if weighted else 0, dict(Counter(_plain(type(m).__name__) for m in layers)))
+
+
 def _kind(node: Node, modules: Mapping[str, nn.Module]) -> str:
     """One name for all spellings: conv for nn.Conv2d, F.conv2d and torch.conv1d alike."""
     if node.op == "call_module":
-        return kind_of(modules[str(node.target)])
+        return _plain(type(modules[str(node.target)]).__name__)
     return _plain(plain(node.target) or str(node.target))
-
-
-def kind_of(module: nn.Module) -> str:
-    """The kind of a module call, under the same names as the functions."""
-    return _plain(type(module).__name__)
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one of those that the totals of the report name."""
-    return isinstance(module, (*CONVS, nn.Linear, *NORMS))
-
-
-def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, tuple(NORMS))
 
 
 def _plain(name: str) -> str:

@@ -3,45 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 
 from fxfuse.refusal import Refusal
-
-
-@dataclass(frozen=True, slots=True)
-class Fired:
-    """One fused layer: where it is, which patterns made it, and its shape before and after."""
-
-    path: str
-    patterns: tuple[str, ...]
-    before: tuple[str, ...]
-    after: str
-    macs_before: int | None = None
-    macs_after: int | None = None
-
-    @property
-    def saved(self) -> int:
-        """Multiply-accumulates fewer; 0 where shapes are not known."""
-        return (self.macs_before or 0) - (self.macs_after or 0)
-
-    @property
-    def summary(self) -> str:
-        """`2 conv2d, 3 batch_norm, identity`: what went into it."""
-        counts = Counter(b.split(" ")[0] for b in self.before)
-        return ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Size of the model at one end of the optimization; MACs need example inputs."""
-
-    nodes: int
-    params: int
-    macs: int | None
-    ops: dict[str, int]
+from fxfuse.reporting.fired import Fired, Totals
 
 
 @dataclass(frozen=True)
@@ -84,8 +52,8 @@ class Report:
             "model": self.model,
             "dry_run": self.dry_run,
             "sites": len(self.fired),
-            "before": _totals(self.before),
-            "after": _totals(self.after),
+            "before": asdict(self.before),
+            "after": asdict(self.after),
             "cost": self.cost,
             "capture": self.capture,
             "parts": [{"path": p, "capture": how, "reason": why} for p, how, why in self.parts],
@@ -93,17 +61,7 @@ class Report:
             "max_error": self.max_error,
             "timing": self.timing,
             "patterns": self.by_pattern,
-            "fired": [
-                {
-                    "path": f.path,
-                    "patterns": list(f.patterns),
-                    "before": list(f.before),
-                    "after": f.after,
-                    "macs_before": f.macs_before,
-                    "macs_after": f.macs_after,
-                }
-                for f in self.fired
-            ],
+            "fired": [asdict(f) | {"patterns": list(f.patterns), "before": list(f.before)} for f in self.fired],
             "refused": [
                 {
                     "reason": reason,
@@ -185,10 +143,6 @@ class Reports(tuple[Report, ...]):
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self))
-
-
-def _totals(t: Totals) -> dict[str, Any]:
-    return {"nodes": t.nodes, "params": t.params, "macs": t.macs, "ops": dict(t.ops)}
 
 
 def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:

@@ -12,6 +12,9 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from fxfuse.capture.example_shapes import run_copy
+from fxfuse.capture.export.program import export
+from fxfuse.capture.symbolic import capture
+from fxfuse.rearranging.prepare import tidy
 from fxfuse.refusal import VerificationError
 
 # Relative to the largest output: far above the rounding of one fold, far below a wrong border.
@@ -79,10 +82,6 @@ def first_difference(
     model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], allowed: float, how: str | None = None
 ) -> str:
     """The first fused layer whose output differs from the value it stands for."""
-    from fxfuse.capture.export.program import export
-    from fxfuse.capture.symbolic import capture
-    from fxfuse.rearranging.prepare import tidy
-
     if not isinstance(fused, GraphModule) or not any("fxfuse_exit" in n.meta for n in fused.graph.nodes):
         return "the model is no single graph in which to look for the place"
     twin = copy.deepcopy(model)
