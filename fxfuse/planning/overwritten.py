@@ -18,8 +18,6 @@ def overwritten(view: View, source: Node, nodes: Sequence[Node], foreign: Iterab
     What they write themselves is no hindrance, except for what `foreign` ones write.
     """
     effects = view.effects
-    if not effects.writes:
-        return None
     own = {*nodes, *(w for n in nodes if n in view.affine for w in view.affine[n].extra)} - {*foreign}
     at = [effects.position[n] for n in nodes]
     writer = effects.written_between(source, min(at), max(at), own)
@@ -29,6 +27,8 @@ def overwritten(view: View, source: Node, nodes: Sequence[Node], foreign: Iterab
 
 def chain_overwritten(view: View, chain: Chain) -> Refusal | None:
     """What is written in place between the layers of a chain, or of a join in it."""
+    if not view.effects.writes:
+        return None
     nodes = [n for p in chain.parts for n in part_nodes(p)]
     last = chain.parts[-1]
     if isinstance(last, Step) and last.op.kind == "select" and (writer := view.effects.writes_itself(nodes[-1])):

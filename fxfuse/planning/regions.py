@@ -24,7 +24,7 @@ from fxfuse.reading.view import View
 class Step:
     """One operator; `node` is None for a coefficient that belongs to a join (`a - b`).
 
-    A `moved` step acts at another place than its node, see `reorder`; there the values are to `lay` in row-major
+    A `moved` step acts at another place than its node, see `factor_orders`; there the values are to `lay` in row-major
     order, as it gave them. `others` go with the node.
     """
 

@@ -29,7 +29,7 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
 
     In the operator `axes` are pairs (axis of the output, axis of the input) from the end, None where all
     stay; `turn` is how a rearrangement moves values, for another to be recognized as undoing it; `how` names
-    what it does to the order in memory, see `strides`.
+    what it does to the order in memory, see `planning.memory_order`.
     """
     if call is None:
         name = plain(node.target) if node.op == "call_method" or is_aten(node) else ""
