@@ -1,6 +1,6 @@
 """Compiled inference side by side: what torch.compile makes of a train form with and without fxfuse.
 
-    python benchmarks/compile.py [MODEL ...] [--rounds N] [--threads N] [--size N] [--batch N] [--device cuda]
+    python -m benchmarks.compile [MODEL ...] [--rounds N] [--threads N] [--size N] [--batch N] [--device cuda]
 
 Every form of a model is compiled in one process and called in turns, so that a busy machine slows all alike:
 eager; inductor; inductor with its global freezing; backend "fxfuse"; the hand-written deploy form under inductor with
@@ -29,12 +29,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from compile_forms import HAND, MODELS, hand_written, train_form
 from tabulate import tabulate
 from tqdm import tqdm
 
 import fxfuse
 from fxfuse.compiling.weight_sets import WeightSet
+
+from .compile_forms import HAND, MODELS, hand_written, train_form
 
 FORMS = ("eager", "inductor", "inductor, freezing", "fxfuse", "by hand, freezing", "optimized, freezing")
 TO_HAND = 1.02
@@ -103,7 +104,7 @@ def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
 
 def weight_reorders(name: str, form: str, threads: int) -> int:
     """Reorders of weights that oneDNN reports for one call of a compiled form, in a process of its own."""
-    command = [sys.executable, __file__, name, "--call-once", form, f"--threads={threads}"]
+    command = [sys.executable, "-m", "benchmarks.compile", name, "--call-once", form, f"--threads={threads}"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "ONEDNN_VERBOSE": "1"}
     )

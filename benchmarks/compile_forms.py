@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from helpers import randomize
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests" / "shared")]
+from examples.blocks.dbb import DBB
 
-from blocks import dbb_resnet18  # noqa: E402
-from blocks.dbb import DBB  # noqa: E402
-from helpers import randomize  # noqa: E402
-from torchvision_ops import declare_missing_ops  # noqa: E402
+from .optimize_time import build
 
 HAND = ("repvgg_a0", "mobileone_s1", "fastvit_t8", "repvit_m0_9", "dbb_resnet18")
 MODELS = (*HAND, "resnet50")
@@ -24,12 +19,8 @@ MODELS = (*HAND, "resnet50")
 
 def train_form(name: str) -> nn.Module:
     """The model as it is trained, in eval mode; the same numbers at every call."""
-    declare_missing_ops()
-    import timm
-
     torch.manual_seed(0)
-    model = dbb_resnet18() if name == "dbb_resnet18" else timm.create_model(name, pretrained=False)
-    return randomize(model).eval()
+    return randomize(build(name))
 
 
 def hand_written(name: str, model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """The long hunt: random models by the hundred thousand, optimized and compared with eager.
 
-    python benchmarks/fuzz.py --examples 50000 --jobs 2 --seed 0
+    python -m benchmarks.fuzz --examples 50000 --jobs 2 --seed 0
 
 Example number s is made of seed s alone, so a hunt is continued where one ended by `--seed`, shared out by
 ranges of seeds, and a failure seen again with `--seed S --examples 1`. A failing model is made smaller and
@@ -15,16 +15,12 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz_check import NoModel, check
+from random_models import Program, seeded, smaller
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "shared")]
-from fuzz_check import NoModel, check  # noqa: E402
-from random_models import Program, seeded, smaller  # noqa: E402
 
 
 def start() -> None:

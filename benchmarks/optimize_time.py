@@ -1,6 +1,6 @@
 """Time of fxfuse.optimize against capturing alone, and its peak memory against the model's weights.
 
-    python benchmarks/optimize_time.py [[WAY:]MODEL ...] [--rounds N] [--threads N] [--no-memory]
+    python -m benchmarks.optimize_time [[WAY:]MODEL ...] [--rounds N] [--threads N] [--no-memory]
 
 Time: both run in one process, interleaved, with a garbage collection between. The baseline is
 torch.fx.symbolic_trace, and for diverse branch blocks, whose item assignments it cannot record, the same with
@@ -37,14 +37,13 @@ import torch
 from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
+from torchvision_ops import declare_missing_ops
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests" / "shared")]
-
-import fxfuse  # noqa: E402
-from fxfuse.capture.parts import survey  # noqa: E402
-from fxfuse.capture.symbolic import FuseTracer  # noqa: E402
+import fxfuse
+from examples.blocks import dbb_resnet18
+from fxfuse.capture.parts import survey
+from fxfuse.capture.symbolic import FuseTracer
 
 MAX_RATIO, MAX_GROWTH_OF_RATIO, MAX_PEAK = 4.0, 1.3, 2.5
 NETWORKS = ("repvgg_a0", "mobileone_s0", "resnet50", "dbb_resnet18")
@@ -59,11 +58,7 @@ def build(name: str) -> nn.Module:
         layers = [m for _ in range(triples) for m in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())]
         return nn.Sequential(*layers).eval()
     if name == "dbb_resnet18":
-        from blocks import dbb_resnet18
-
         return dbb_resnet18().eval()
-    from torchvision_ops import declare_missing_ops
-
     declare_missing_ops()
     import timm
 
@@ -166,7 +161,7 @@ def _max_resident() -> int:
 
 
 def in_own_process(name: str, threads: int) -> dict[str, float]:
-    command = [sys.executable, str(Path(__file__).resolve()), name, "--memory-of-one", f"--threads={threads}"]
+    command = [sys.executable, "-m", "benchmarks.optimize_time", name, "--memory-of-one", f"--threads={threads}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from blocks.acnet import ACBlock
-from blocks.dbb import DBB
-from blocks.dynamic_conv import DynamicConvBNReLU
-from blocks.repvgg import RepVGGBlock
+from examples.blocks.acnet import ACBlock
+from examples.blocks.dbb import DBB
+from examples.blocks.dynamic_conv import DynamicConvBNReLU
+from examples.blocks.repvgg import RepVGGBlock
 
 FOLD = ("conv_bn", "constant_weight")
 MERGE = (*FOLD, "parallel_conv!", "identity", "conv_chain", "avg_pool")

@@ -1,6 +1,6 @@
 """What each rewrite gains on layers of real models: work, bytes, eager and compiled time, after / before.
 
-    python benchmarks/rewrites.py [REWRITE ...] [--rounds N] [--threads N] [--eager]
+    python -m benchmarks.rewrites [REWRITE ...] [--rounds N] [--threads N] [--eager]
 
 Before is the model with everything but the rewrite in question, after is the model with it, whatever the planner
 makes of its cost (see `rewrite_cases.py`). Both run side by side in one process, interleaved; printed are medians of
@@ -15,22 +15,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rewrite_cases import REWRITES, Case
+from helpers import randomize
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "shared")]
-from helpers import randomize  # noqa: E402
+import fxfuse
 
-import fxfuse  # noqa: E402
+from .rewrite_cases import REWRITES, Case
 
 ROUND_SECONDS = 0.03
 

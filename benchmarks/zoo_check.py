@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import assert_untouched, fingerprint, relative_error
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -34,8 +35,6 @@ from fxfuse.capture.parts import survey
 
 from . import zoo_models
 from .executed import Executed
-
-from helpers import assert_untouched, fingerprint, relative_error  # isort: skip  (zoo_models finds tests/shared/)
 
 MAX_ERROR, MAX_ERROR_64 = 1e-5, 1e-8
 Record = dict[str, Any]

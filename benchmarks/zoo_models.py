@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import randomize
 from torch import Tensor, nn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "tests" / "shared")]
-
-from helpers import randomize  # noqa: E402
-from torchvision_ops import declare_missing_ops  # noqa: E402
+from torchvision_ops import declare_missing_ops
 
 declare_missing_ops()  # before anything imports timm or torchvision
 

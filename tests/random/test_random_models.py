@@ -1,6 +1,6 @@
 """Random models against eager: whatever eager runs, the result runs, and gives the same.
 
-`HYPOTHESIS_PROFILE=hunt` draws other examples than the fixed ones; `python benchmarks/fuzz.py` hunts for hours.
+`HYPOTHESIS_PROFILE=hunt` draws other examples than the fixed ones; `python -m benchmarks.fuzz` hunts for hours.
 """
 
 from __future__ import annotations
