@@ -2,9 +2,9 @@
 
     python -m benchmarks.zoo_speed [MODEL ...] [--sample 30] [--seed 0] [--threads N]
 
-Both forms run in eager mode in one process, interleaved (see fxfuse/reporting/timing.py); printed are the ratio of all patterns
-over `conv_bn` and `constant_weight` alone, its quartiles, and at the end the distribution. Models where both forms
-execute the same layers are counted, not timed. Under 5% is noise.
+Both forms run in eager mode in one process, interleaved (see `fxfuse.reporting.timing`); printed are the ratio of all
+patterns over `conv_bn` and `constant_weight` alone, its quartiles, and at the end the distribution. Models where both
+forms execute the same layers are counted, not timed. Under 5% is noise.
 """
 
 from __future__ import annotations

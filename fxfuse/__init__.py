@@ -1,4 +1,9 @@
-"""fxfuse: merges the linear branches and layers of any PyTorch model, by proof, for deployment."""
+"""fxfuse: merges the linear branches and layers of any PyTorch model, by proof, for deployment.
+
+A model goes through `capture` (graphs), `reading` (nodes as operators of `algebra`, by what `ops` and `facts` tell),
+`rearranging`, `planning` (by `patterns` and `cost`), `rewriting` and `reporting`. `pipeline` runs these for one graph,
+`whole_model` for all of a model, `compiling` for torch.compile; `optimize`, `refresh` and `cli` are what users call.
+"""
 
 from fxfuse._mount import mount as _mount
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import gc
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,31 +22,26 @@ from fxfuse.reporting.verify import verify as compare
 from fxfuse.whole_model import fuse_parts
 
 logger = logging.getLogger("fxfuse")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _undisturbed(function: Function) -> Function:
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
     """Without garbage collection and inference mode.
 
     Graphs are all cycles, and walking them again and again while they grow takes longer than making
     them. Parameters made in inference mode could never be trained.
     """
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.inference_mode(False):
-                return function(*args, **kwargs)
-        finally:
-            if enabled:
-                gc.enable()
-
-    return cast(Function, wrapped)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
-@_undisturbed
+@_undisturbed()
 def optimize(
     model: nn.Module,
     example_inputs: Any = None,
@@ -99,7 +94,7 @@ def optimize(
     return fused
 
 
-@_undisturbed
+@_undisturbed()
 def plan(
     model: nn.Module,
     example_inputs: Any = None,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,8 +35,8 @@ class FusedParts:
     fired: list[Fired] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     replays: tuple[Replay, ...] = ()
-    before: list[Totals] = field(default_factory=list)
-    after: list[Totals] = field(default_factory=list)
+    before: Totals = field(default_factory=Totals)
+    after: Totals = field(default_factory=Totals)
     memo: dict[int, Any] = field(default_factory=dict)
 
     def fuse(self, part: Part, captured: Captured, patterns: Selection, price: CostFunction) -> None:
@@ -46,8 +44,8 @@ class FusedParts:
         done = fuse(captured, patterns, price, weights=not self.dry_run)
         self.fired += [replace(f, path=_join(part.path, f.path)) for f in done.fired]
         self.refused += [replace(r, where=_join(part.path, r.where)) for r in done.refused]
-        self.before.append(done.before)
-        self.after.append(done.after)
+        self.before += done.before
+        self.after += done.after
         if part.path and not done.fired:
             return
         self.replays += (Replay(part.path, done.recipes, captured.constants, captured.held),)
@@ -60,8 +58,8 @@ class FusedParts:
         self.refused += part.refused
         taken = {id(m) for p in part.parts for m in p.module.modules()}
         totals = layer_totals(m for m in part.module.modules() if id(m) not in taken)
-        self.before.append(totals)
-        self.after.append(totals)
+        self.before += totals
+        self.after += totals
 
     def module(self) -> nn.Module:
         """The optimized model: its graph, or a copy that holds the optimized parts."""
@@ -74,14 +72,14 @@ class FusedParts:
     ) -> Report:
         """The report of all parts, when `fused` was made of them, or nothing yet."""
         root, params = self.root, _params(self.root.module)
-        saved = sum(b.params - a.params for b, a in zip(self.before, self.after, strict=True))
+        left = params - self.before.params + self.after.params if fused is None else _params(fused)
         ways = [(p.path, p.how, p.refused[0].detail if p.captured is None else "") for p in root.walk()]
         return Report(
             model=type(root.module).__name__,
             fired=tuple(self.fired),
             refused=tuple(dict.fromkeys(self.refused)),
-            before=_together(self.before, params),
-            after=_together(self.after, params - saved if fused is None else _params(fused)),
+            before=replace(self.before, params=params),
+            after=replace(self.after, params=left),
             cost=cost,
             seconds=time.perf_counter() - started,
             capture="hierarchical" if root.captured is None else root.how,
@@ -110,16 +108,6 @@ def fuse_parts(
             shapes = propagate(part.captured, known.get(part.path) if part.path else inputs)
             parts.fuse(part, replace(part.captured, shapes=shapes), patterns, price)
     return parts
-
-
-def _together(parts: Sequence[Totals], params: int) -> Totals:
-    """Totals of all parts together; MACs where every part knows its own."""
-    ops: Counter[str] = Counter()
-    for part in parts:
-        ops.update(part.ops)
-    macs = [p.macs for p in parts if p.macs is not None]
-    known = sum(macs) if len(macs) == len(parts) else None
-    return Totals(sum(p.nodes for p in parts), params, known, dict(sorted(ops.items())))
 
 
 def _params(model: nn.Module) -> int:

@@ -45,10 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     path = list(sys.path)
     try:
         print(args.command(args), flush=True)
-    except UsageError as error:
-        return _fail(error, 2)
-    except VerificationError as error:
-        return _fail(error, 1)
+    except (UsageError, VerificationError) as error:
+        print(f"fxfuse: error: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:  # the reader has seen enough; nothing is left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -56,11 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         sys.path[:] = path
     return 0
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"fxfuse: error: {one_line(error)}", file=sys.stderr)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:

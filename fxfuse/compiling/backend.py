@@ -51,12 +51,7 @@ def fxfuse(gm: GraphModule, example_inputs: Sequence[Any], *, options: Any = Non
     return graphs
 
 
-def _reset() -> None:
-    """Forget all graphs, with Dynamo."""
-    _graphs.clear()
-
-
-fxfuse.reset = _reset  # type: ignore[attr-defined]
+fxfuse.reset = _graphs.clear  # type: ignore[attr-defined]  # Dynamo calls it where it forgets all graphs itself
 
 
 def _compiled(gm: GraphModule, inputs: Sequence[Any], options: CompileOptions, live: bool) -> Any:

@@ -130,9 +130,6 @@ class WeightSet:
 def _some(tensor: Tensor) -> list[Any]:
     """The first, middle and last number of a tensor in memory, as the bits that they are."""
     size, word = tensor.element_size(), _WORDS.get(tensor.element_size())
-    offsets = {sum(i * s for i, s in zip(at, tensor.stride(), strict=True)) for at in _corners(tensor.shape)}
+    places = [[0 for n in tensor.shape], [n // 2 for n in tensor.shape], [n - 1 for n in tensor.shape]]
+    offsets = {sum(i * s for i, s in zip(at, tensor.stride(), strict=True)) for at in places}
     return [] if word is None else [word.from_address(tensor.data_ptr() + o * size) for o in sorted(offsets)]
-
-
-def _corners(shape: torch.Size) -> list[list[int]]:
-    return [[0 for n in shape], [n // 2 for n in shape], [n - 1 for n in shape]]

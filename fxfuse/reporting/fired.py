@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,13 @@ class Fired:
 class Totals:
     """Size of the model at one end of the optimization; MACs need example inputs."""
 
-    nodes: int
-    params: int
-    macs: int | None
-    ops: dict[str, int]
+    nodes: int = 0
+    params: int = 0
+    macs: int | None = 0
+    ops: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Totals) -> Totals:
+        """Both together; MACs where both know their own."""
+        macs = None if self.macs is None or other.macs is None else self.macs + other.macs
+        ops = dict(sorted((Counter(self.ops) + Counter(other.ops)).items()))
+        return Totals(self.nodes + other.nodes, self.params + other.params, macs, ops)

@@ -82,7 +82,9 @@ class Report:
     def _render(self, style: str, mark: str, sites: int = 12) -> str:
         blocks = [mark + self.headline, _table(self._sizes(), ("", "before", "after", "ratio"), style)]
         if self.timing:
-            blocks.append(self._speed())
+            speed = "time per call: {before_ms:.2f} ms -> {after_ms:.2f} ms, ratio {ratio:.2f} "
+            speed += "({low:.2f} to {high:.2f}, {rounds} interleaved rounds, {device})"
+            blocks.append(speed.format(**self.timing))
         if self.parts:
             taken = [(path or self.model, how, why) for path, how, why in self.parts]
             blocks.append(_table(taken[:sites], ("module", "captured", ""), style) + _more(len(taken) - sites))
@@ -116,24 +118,12 @@ class Report:
         return text
 
     def _sizes(self) -> list[tuple[str, str, str, str]]:
-        rows = [
-            _row("nodes", self.before.nodes, self.after.nodes),
-            _row("params", self.before.params, self.after.params),
-        ]
-        if self.before.macs is not None and self.after.macs is not None:
-            rows.append(_row("MACs", self.before.macs, self.after.macs))
-        for name in ("conv", "linear", "batch_norm"):
-            if self.before.ops.get(name):
-                rows.append(_row(name, self.before.ops.get(name, 0), self.after.ops.get(name, 0)))
-        return rows
-
-    def _speed(self) -> str:
-        t = self.timing
-        return (
-            f"time per call: {t['before_ms']:.2f} ms -> {t['after_ms']:.2f} ms, "
-            f"ratio {t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f}, {t['rounds']} interleaved rounds, "
-            f"{t['device']})"
-        )
+        before, after = self.before, self.after
+        rows = [_row("nodes", before.nodes, after.nodes), _row("params", before.params, after.params)]
+        if before.macs is not None and after.macs is not None:
+            rows.append(_row("MACs", before.macs, after.macs))
+        kinds = (kind for kind in ("conv", "linear", "batch_norm") if before.ops.get(kind))
+        return rows + [_row(kind, before.ops[kind], after.ops.get(kind, 0)) for kind in kinds]
 
 
 class Reports(tuple[Report, ...]):
