@@ -4,7 +4,7 @@ A pattern never sees a graph and never weighs cost. It says for two operators in
 ("chain": g after f; "sum" and "concat": two branches of one tensor; "siblings": two layers of one
 tensor that nothing joins; "swap": a layer and a pool in a row, in the other order; "alone": f by
 itself, given twice) whether it is about them (`matches`), what stands in the way (`refuse`), and what they become
-(`rewrite`). The planner composes patterns and decides what pays.
+(`rewrite`, by default the algebra's law). The planner composes patterns and decides what pays.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from importlib.metadata import entry_points
 
 from torch import nn
 
-from fxfuse.algebra import combine, neighbours
+from fxfuse.algebra.branches import add, concat
+from fxfuse.algebra.chain import compose
 from fxfuse.algebra.operator import Operator
 from fxfuse.refusal import Refusal
 
 RELATIONS: dict[str, Callable[[Operator, Operator], Operator | Refusal]] = {
-    "chain": combine.compose,
-    "sum": lambda f, g: combine.add((f, g)),
-    "concat": lambda f, g: combine.concat((f, g)),
-    "siblings": neighbours.siblings,
-    "swap": neighbours.swap,
+    "chain": compose,
+    "sum": lambda f, g: add((f, g)),
+    "concat": lambda f, g: concat((f, g)),
+    "siblings": lambda f, g: Refusal("its pattern does not say what layers of one tensor become"),
+    "swap": lambda f, g: Refusal("its pattern does not say what a layer is on the other side of a pool"),
     "alone": lambda f, g: f,
 }
 
@@ -77,7 +78,10 @@ class Pattern:
         return None
 
     def rewrite(self, relation: str, f: Operator, g: Operator) -> Operator | Refusal:
-        """The one operator that the two become; the algebra refuses what is not exact."""
+        """The one operator that the two become; the algebra refuses what is not exact.
+
+        Siblings and swaps have no law in the algebra: their pattern defines it here, or inherits from a built-in one.
+        """
         return RELATIONS[relation](f, g)
 
 

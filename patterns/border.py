@@ -11,10 +11,36 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxfuse.algebra import combine
+from fxfuse.algebra.border import matches, wide
+from fxfuse.algebra.chain import product, same_layout
+from fxfuse.algebra.combine import meet
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
 from fxfuse.refusal import Refusal
+
+
+def framed(f: Operator, g: Operator) -> Operator | Refusal:
+    """g(f(x)) as one operator with a frame, where g pads with another value than f gives out of bounds."""
+    f, g = same_layout(f, g)
+    return meet(f, g, f.out_channels, g.in_channels) or _refuse(f, g) or product(f, g, frame=True)
+
+
+def needs_frame(f: Operator, g: Operator) -> bool:
+    """Whether g(f(x)) is one operator with a frame and none without."""
+    f, g = same_layout(f, g)
+    if f.kind == "identity" or f.spatial != g.spatial or not g.pads or _refuse(f, g):
+        return False
+    return not matches(f, g)
+
+
+def _refuse(f: Operator, g: Operator) -> Refusal | None:
+    if f.transposed or g.transposed or "warp" in (f.kind, g.kind):
+        return Refusal("a transposed or deformable convolution has no frame")
+    if g.padding_mode != "zeros":
+        return Refusal(f"{g.padding_mode} padding repeats what is inside: a frame is about constants")
+    if f.pads:
+        return Refusal("both of them pad: a frame is about one border")
+    return wide(f, g)
 
 
 class _BesidePool(nn.Module):
@@ -36,10 +62,10 @@ class Border(Pattern):
     )
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
-        return combine.needs_frame(f, g)
+        return needs_frame(f, g)
 
     def rewrite(self, relation: str, f: Operator, g: Operator) -> Operator | Refusal:
-        return combine.framed(f, g)
+        return framed(f, g)
 
     examples = (
         Example(

@@ -9,10 +9,14 @@ that shrinks the channels, as in the pool branches of Inception.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
+from fxfuse.algebra.combine import meet
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
+from fxfuse.refusal import Refusal
 
 
 @register
@@ -27,6 +31,19 @@ class PoolSwap(Pattern):
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
         return {f.kind, g.kind} == {"pool", "conv"}
+
+    def rewrite(self, relation: str, f: Operator, g: Operator) -> Operator | Refusal:
+        """The layer as it runs on the other side of the pool; before a pool that pads without its bias."""
+        layer, pool = (f, g) if f.weighted else (g, f)
+        if refusal := meet(f, g, f.out_channels, g.in_channels):
+            return refusal
+        if layer.kind != "conv" or pool.kind != "pool" or not layer.pointwise:
+            return Refusal("only a pointwise layer may change places with an average pool", detail=layer.describe())
+        if not pool.pads or not layer.bias:
+            return layer
+        if layer is f:
+            return Refusal("the pool averages zeros of its padding in, where the layer before it has its bias")
+        return replace(layer, law="unbiased", operands=(layer,), consts=(), bias=False)
 
     examples = (
         Example(

@@ -10,8 +10,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
+from fxfuse.algebra.branches import concat
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
+from fxfuse.refusal import Refusal
+
+# What must be the same for both, and how a refusal calls it.
+_ALIKE = {"spatial": "axes", "kernel": "kernels", "stride": "strides", "framed": "borders"} | {
+    name: name for name in ("dilation", "padding", "padding_mode", "pad_value")
+}
 
 
 class _Apart(nn.Module):
@@ -47,6 +54,19 @@ class Siblings(Pattern):
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
         return f.kind == g.kind == "conv"
+
+    def rewrite(self, relation: str, f: Operator, g: Operator) -> Operator | Refusal:
+        """One layer with the channels of both, if they go over the tensor in the same way."""
+        for op in (f, g):
+            if op.groups > 1 or op.transposed or op.reads is not None:
+                what = "a transposed convolution" if op.transposed else "a layer of some of the channels"
+                what = "a grouped layer" if op.groups > 1 else what
+                return Refusal(f"layers of one tensor, but {what} has no wide form", detail=op.describe())
+        for name, what in _ALIKE.items():
+            if getattr(f, name) != getattr(g, name):
+                reason = f"layers of one tensor have different {what}: no wide layer would do for both"
+                return Refusal(reason, detail=f"{f.describe()} and {g.describe()}")
+        return concat((f, g))
 
     examples = (
         Example("two 1x1 of one input", lambda: _Apart(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)), (2, 8, 6, 7)),

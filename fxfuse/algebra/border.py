@@ -2,7 +2,7 @@
 
 Out of bounds f gives its bias, as it reads zeros there, while g reads the value that it pads with. Where the two
 agree nothing is to be said; where they differ, f has one tap and does not pad itself, the difference is the same at
-every position out of bounds: that is what a frame adds (see `record`).
+every position out of bounds: that is what a frame adds (see `operator`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def refuse(f: Operator, g: Operator) -> Refusal | None:
     """What keeps g(f(x)) from being one operator at the border."""
     if not g.pads or g.transposed:
         return None
-    if refusal := _wide(f, g):
+    if refusal := wide(f, g):
         return refusal
     if g.padding_mode != "zeros":
         plain = not f.pads and all(f.stride[d] == 1 for d in _padded(g))
@@ -41,22 +41,12 @@ def refuse(f: Operator, g: Operator) -> Refusal | None:
     return None
 
 
-def refuse_frame(f: Operator, g: Operator) -> Refusal | None:
-    """What keeps g(f(x)) from being one operator with a frame."""
-    if f.transposed or g.transposed or "warp" in (f.kind, g.kind):
-        return Refusal("a transposed or deformable convolution has no frame")
-    if g.padding_mode != "zeros":
-        return Refusal(f"{g.padding_mode} padding repeats what is inside: a frame is about constants")
-    if f.pads:
-        return Refusal("both of them pad: a frame is about one border")
-    return _wide(f, g)
-
-
 def _padded(g: Operator) -> list[int]:
     return [d for d, p in enumerate(g.padding) if p != (0, 0)]
 
 
-def _wide(f: Operator, g: Operator) -> Refusal | None:
+def wide(f: Operator, g: Operator) -> Refusal | None:
+    """The refusal of a g that pads what more than one tap of f made."""
     if any(f.kernel[d] != 1 for d in _padded(g)):
         return Refusal(
             "the second one pads what a kernel of more than one tap made: the border would differ",

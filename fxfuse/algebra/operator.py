@@ -6,7 +6,7 @@ o along a dim reads input positions s*o + i*d - low for taps i. The channel axis
 `spatial == 0` is a linear layer on the last axis. One that is `framed` adds a frame [N, 1, *K]: its
 number of a tap counts at every position where that tap reads out of bounds, as a weight on one more
 input channel that is 1 there and 0 inside. The record describes structure only; the numbers are
-computed from `law`, `operands` and `consts` by `values`.
+computed from `law`, `operands` and `consts` by `numbers`.
 """
 
 from __future__ import annotations
@@ -130,35 +130,21 @@ class Operator:
         """This layout-free operator on a tensor of `channels` channels and `spatial` dims."""
         if self.spatial is not None:
             return self
-        ones = (1,) * spatial
-        return replace(
-            self,
-            spatial=spatial,
-            in_channels=channels,
-            out_channels=channels,
-            groups=channels,
-            kernel=ones,
-            stride=ones,
-            dilation=ones,
-            padding=((0, 0),) * spatial,
-            output_padding=(0,) * spatial,
-            operands=tuple(o.at(spatial, channels) for o in self.operands),
-        )
+        operands = tuple(o.at(spatial, channels) for o in self.operands)
+        return self.on_layout(spatial, channels, operands=operands)
 
-    def relaid(self, spatial: int) -> Operator:
-        """This factor and shift a channel on a tensor with another number of dims after its channels."""
-        if self.spatial is None or self.spatial == spatial:
-            return self
-        ones = (1,) * spatial
-        return replace(
-            self,
-            spatial=spatial,
-            kernel=ones,
-            stride=ones,
-            dilation=ones,
-            padding=((0, 0),) * spatial,
-            output_padding=(0,) * spatial,
-        )
+    def on_layout(self, spatial: int | None, channels: int | None = None, **fields: Any) -> Operator:
+        """This factor and shift a channel on a tensor with another number of dims after its channels, or of those.
+
+        What is None stays: layout-free, or as many channels as before. `fields` are set besides.
+        """
+        layout: dict[str, Any] = {}
+        if spatial is not None:
+            ones, none = (1,) * spatial, (0,) * spatial
+            layout = {"spatial": spatial, "kernel": ones, "stride": ones, "dilation": ones, "output_padding": none}
+            layout["padding"] = ((0, 0),) * spatial
+            layout |= {} if channels is None else dict.fromkeys(("in_channels", "out_channels", "groups"), channels)
+        return replace(self, **layout | fields)
 
     def describe(self) -> str:
         """`conv2d 64->128 k3x3 s2 p1 g4`: the shape of the operator for a report."""
@@ -192,8 +178,7 @@ def sources(op: Operator) -> list[Attr]:
 
 def pointwise(kind: str, law: str, spatial: int, channels: int, **fields: Any) -> Operator:
     """A depthwise 1x1 operator: batch norm, a per-channel factor, a channel selection, a pad."""
-    op = Operator(kind=kind, law=law).at(spatial, channels)
-    return replace(op, **fields)
+    return Operator(kind=kind, law=law).on_layout(spatial, channels, **fields)
 
 
 def shuffled(channels: int, groups: int) -> Ints:

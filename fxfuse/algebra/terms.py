@@ -52,8 +52,10 @@ class Numbers(NamedTuple):
     frame: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Numbers:
-        return cls((Term(weight, scale),), bias, tuple(weight.shape))
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, frame: Tensor | None = None
+    ) -> Numbers:
+        return cls((Term(weight, scale),), bias, tuple(weight.shape), frame)
 
     def runs(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in double precision, a run of rows at a time, each valid until the next."""

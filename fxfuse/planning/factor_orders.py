@@ -96,7 +96,7 @@ def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
             if found is None:
                 return None
             axis = found
-    return replace(step, op=op.relaid(-axis - 1), moved=True)
+    return replace(step, op=op.on_layout(-axis - 1), moved=True)
 
 
 def _rows_only(run: Sequence[Step], layer: Part) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
-from fxfuse.algebra import combine
+from fxfuse.algebra.chain import product
 from fxfuse.algebra.operator import Operator
 from fxfuse.planning.fusing import STEPS, TOO_LONG, WINDOW, Fusing, Result
 from fxfuse.planning.regions import Chain, Join, Step, exit_of, part_nodes
@@ -39,7 +39,7 @@ def in_chain(
         elif isinstance(refusal, Operator):
             refusal = unfused(fusing, refusal, apart, area, parts)
         elif _multipliable(f, g):
-            numbers = unfused(fusing, combine.product(f, g), apart, area, parts).detail
+            numbers = unfused(fusing, product(f, g), apart, area, parts).detail
             refusal = replace(refusal, detail="; merged, ".join(filter(None, (refusal.detail, numbers))))
         refusal = refusal.at(g.path or f.path or str(chain.parts[right[0]].node))
         found.append(Refused(refusal, tuple(n for p in chain.parts[slice(*right)] for n in part_nodes(p))))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from affine_trees import CONVS, NORMS, Affine, Builder, Concat, Select, Sum, Target
+from fxfuse.patterns.border import framed, needs_frame
 from helpers import count, randomize
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from safety import model_of
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.algebra import combine
 from fxfuse.algebra.operator import Operator, pointwise
 
 FRAMED = {"conv": 2, "add": 1}  # the convolution, that of the frame, and their sum
@@ -195,8 +195,8 @@ def test_before_a_deformable_convolution_there_is_no_frame() -> None:
     """Its taps read between positions, in bounds and out."""
     norm = pointwise("scale", "batch_norm", 2, 4, bias=True)
     warp = Operator("warp", "conv", 2, 4, 5, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
-    assert not combine.needs_frame(norm, warp)
-    assert isinstance(combine.framed(norm, warp), fxfuse.Refusal)
+    assert not needs_frame(norm, warp)
+    assert isinstance(framed(norm, warp), fxfuse.Refusal)
 
 
 def test_a_value_that_is_read_elsewhere_stays() -> None:

@@ -128,7 +128,7 @@ class Careless(fxfuse.Pattern):
         return f.weighted and g.weighted
 
     def rewrite(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> fxfuse.Operator:
-        from fxfuse.algebra.combine import product
+        from fxfuse.algebra.chain import product
 
         return product(f, g)
 

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import fxfuse.patterns.border
 import pytest
 
+import fxfuse.algebra.border
+import fxfuse.algebra.chain_numbers
 import fxfuse.algebra.combine
 import fxfuse.algebra.numbers
 import fxfuse.capture.guards
@@ -75,24 +78,24 @@ def no_hooks(patch: Patch) -> None:
 
 def no_border(patch: Patch) -> None:
     patch.setattr(fxfuse.algebra.border, "refuse", lambda f, g: None)
-    patch.setattr(fxfuse.algebra.combine, "needs_frame", lambda f, g: False)
+    patch.setattr(fxfuse.patterns.border, "needs_frame", lambda f, g: False)
 
 
 def no_frame(patch: Patch) -> None:
     """The border of a merged convolution forgotten: its frame is 0."""
-    original = fxfuse.algebra.numbers._frame
-    patch.setattr(fxfuse.algebra.numbers, "_frame", lambda *args: 0 * original(*args))
+    original = fxfuse.algebra.chain_numbers._frame
+    patch.setattr(fxfuse.algebra.chain_numbers, "_frame", lambda *args: 0 * original(*args))
 
 
 def transposed_axis(patch: Patch) -> None:
     """The weight of a transposed convolution taken for [N, C], where the two are the same."""
-    original = fxfuse.algebra.numbers.LEAVES["conv"]
+    original = fxfuse.algebra.numbers.LAWS["conv"]
 
-    def leaf(op: Any, source: Any) -> Any:
+    def law(op: Any, parts: Any, source: Any) -> Any:
         square = op.in_channels == op.out_channels and op.groups == 1
-        return original(replace(op, transposed=op.transposed and not square), source)
+        return original(replace(op, transposed=op.transposed and not square), parts, source)
 
-    patch.setitem(fxfuse.algebra.numbers.LEAVES, "conv", leaf)
+    patch.setitem(fxfuse.algebra.numbers.LAWS, "conv", law)
 
 
 def across_a_write(patch: Patch) -> None:
@@ -126,7 +129,7 @@ def subclass_is_its_base(patch: Patch) -> None:
 
 def groups_ignored(patch: Patch) -> None:
     """The channels of a grouped convolution's output selected as if it were one group."""
-    patch.setattr(fxfuse.algebra.numbers, "_dense", lambda f, weight, groups, full=False: weight)
+    patch.setattr(fxfuse.algebra.combine, "dense", lambda f, weight, groups, full=False: weight)
 
 
 def concat_axis(patch: Patch) -> None:
