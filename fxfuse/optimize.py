@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.capture.example_shapes import as_tuple
+from fxfuse.capture.example_inputs import as_tuple
 from fxfuse.cost import CostFunction, cost_name, resolve
 from fxfuse.pattern import Selection, select
 from fxfuse.refresh import store, stored

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
+from torch import nn
 
-def put_back(value: Any, copy: Any) -> bool:
-    """Give a list, set, deque or dict its old content; whether the change could matter to a later call.
+TABLES = ("_parameters", "_buffers", "_modules")  # of torch itself
+ORDERED = (list, set, deque)
 
-    New keys in a dict are a memo: without them a forward computes what it had stored.
-    """
+
+def contents(module: nn.Module, kinds: tuple[type, ...] = (*ORDERED, dict)) -> list[tuple[str, Any, Any]]:
+    """Its containers of these classes by name, each with a copy."""
+    return [(n, v, v.copy()) for n, v in vars(module).items() if type(v) in kinds and n not in TABLES]
+
+
+def put_back(saved: list[tuple[str, Any, Any]]) -> list[str]:
+    """Give containers their old content; the names of those whose change could matter to a later call."""
+    return [name for name, value, copy in saved if _put_back(value, copy)]
+
+
+def _put_back(value: Any, copy: Any) -> bool:
+    """New keys in a dict are a memo: without them a forward computes what it had stored."""
     if isinstance(value, dict):
         same = all(k in value and value[k] is v for k, v in copy.items())
         value.clear()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +14,12 @@ from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxfuse.capture.captured import Captured, Shapes
-from fxfuse.capture.copying import copied
+from fxfuse.capture.example_inputs import bound, run_copy
+from fxfuse.capture.failures import said
 from fxfuse.capture.guards import restored
 
 logger = logging.getLogger("fxfuse")
+_UNKNOWN = "no shapes known ahead: %s"
 
 
 class _Shapes(Interpreter):
@@ -41,13 +41,6 @@ class _Shapes(Interpreter):
         return result
 
 
-def as_tuple(example_inputs: Any) -> tuple[Any, ...] | None:
-    """Example inputs as positional arguments: a lone tensor is one, a list or tuple is all of them."""
-    if example_inputs is None:
-        return None
-    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-
-
 def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> Shapes:
     """Shape of every tensor in the graph; empty without inputs, or where they are not known ahead.
 
@@ -56,19 +49,15 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> Shapes:
     """
     if inputs is None:
         return Shapes()
+    bound(captured.root, inputs)
     try:
-        inspect.signature(captured.root.forward).bind(*inputs)
-    except TypeError as error:
-        raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
-    try:
-        with restored(captured.root), _fake(inputs) as (mode, fakes), torch.no_grad():
-            _fake_state(captured.root, mode)
+        with _on_fakes(captured.root, inputs) as (mode, fakes):
             runner = _Shapes(captured, tree_map_only(Tensor, mode.from_tensor, captured.constants))
             runner.run(*fakes, enable_io_processing=True)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
         if not any(isinstance(t, FakeTensor) for t in tree_leaves(inputs)):
             run_copy(captured.root, inputs)
-        _unknown(error)
+        logger.info(_UNKNOWN, said(error))
         return Shapes()
     return runner.shapes
 
@@ -94,11 +83,10 @@ def inputs_of(
         for p, m in modules.items()
     ]
     try:
-        with restored(model), _fake(inputs) as (mode, fakes), torch.no_grad():
-            _fake_state(model, mode)
+        with _on_fakes(model, inputs) as (_, fakes):
             model(*fakes)
     except Exception as error:  # a forward that looks at data stops where it does: what came before is known
-        _unknown(error)
+        logger.info(_UNKNOWN, said(error))
     finally:
         for handle in handles:
             handle.remove()
@@ -110,40 +98,21 @@ def _ranks(args: tuple[Any, ...]) -> list[int | None]:
 
 
 @contextmanager
-def _fake(inputs: tuple[Any, ...]) -> Iterator[tuple[FakeTensorMode, tuple[Any, ...]]]:
-    """A mode and the inputs as fake tensors in it; those that are fake already stay."""
-    known = [t for t in tree_leaves(inputs) if isinstance(t, FakeTensor)]
-    with known[0].fake_mode if known else FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode, inputs if known else tree_map_only(Tensor, mode.from_tensor, inputs)
+def _on_fakes(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[FakeTensorMode, tuple[Any, ...]]]:
+    """A mode and the inputs as fake tensors in it; those that are fake already stay.
 
-
-def _unknown(error: Exception) -> None:
-    text = str(error).strip().splitlines()
-    logger.info("no shapes known ahead: %s", text[0] if text else type(error).__name__)
-
-
-def _fake_state(root: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fakes in the place of all tensors of the model: an operation on real ones alone would run for real."""
-    for module in root.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
-        for table in tables:
-            for name, value in list(table.items()):
-                if type(value) in (Tensor, nn.Parameter, nn.Buffer):
-                    table[name] = mode.from_tensor(value)
-
-
-def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """Outputs of a copy of `model`, so that nothing it writes reaches the model or the inputs.
-
-    Raises:
-        ValueError: the model does not run on the inputs.
+    Fakes are in the place of all tensors of the model too, until afterwards: an operation on real ones alone would
+    run for real.
     """
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # so that two models that draw at random can be compared
-            return copied(model)(*copy.deepcopy(inputs))
-    except Exception as error:  # whatever the user's model raises is reported with its first line
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{type(model).__name__} does not run on example_inputs: {text[0]}") from error
+    known = [t for t in tree_leaves(inputs) if isinstance(t, FakeTensor)]
+    mode = known[0].fake_mode if known else FakeTensorMode(allow_non_fake_inputs=True)
+    with restored(model), mode, torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+            for table in tables:
+                for name, value in list(table.items()):
+                    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+                        table[name] = mode.from_tensor(value)
+        yield mode, inputs if known else tree_map_only(Tensor, mode.from_tensor, inputs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.capture.containers import put_back
+from fxfuse.capture.containers import TABLES, contents, put_back
 from fxfuse.ops.memory import INPLACE, storage
 from fxfuse.ops.modules import has_hooks
 from fxfuse.refusal import CaptureError
 
-_TABLES = ("_parameters", "_buffers", "_modules")
 _WRITES = set(INPLACE.values())
 
 
@@ -36,8 +34,15 @@ def guarded(model: nn.Module) -> Iterator[dict[str, Any]]:
         CaptureError: the forward drew random numbers, or changed a list or dict that a module keeps.
     """
     created: dict[str, Any] = {}
-    with restored(model, created) as changed, attributes(model), _RealTensors(model), torch.enable_grad():
+    with unchanged(model, created), _RealTensors(model), torch.enable_grad():
         yield created
+
+
+@contextmanager
+def unchanged(model: nn.Module, created: dict[str, Any] | None = None, buffers: bool = False) -> Iterator[None]:
+    """The model put back as it was; raises where its forward changes more of it than, if asked for, buffers."""
+    with restored(model, created) as changed, _attributes(model, buffers):
+        yield
     if changed:
         raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")
 
@@ -46,7 +51,7 @@ def guarded(model: nn.Module) -> Iterator[dict[str, Any]]:
 def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterator[list[str]]:
     """Put attributes, lists, dicts and random states back; yields names of what had to be put back."""
     modules = [(p, m) for p, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    saved = [(p, m, dict(m.__dict__), [dict(m.__dict__[t]) for t in _TABLES], _containers(m)) for p, m in modules]
+    saved = [(p, m, dict(m.__dict__), [dict(m.__dict__[t]) for t in TABLES], contents(m)) for p, m in modules]
     states = _random_states()
     changed: list[str] = []
     try:
@@ -57,24 +62,17 @@ def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterato
             _set_random_states(states)
         if created is not None:
             created.update({k: v for k, v in model.__dict__.items() if k not in saved[0][2]})
-        for path, module, attributes, contents, containers in saved:
+        for path, module, attributes, tables, containers in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for table, content in zip(_TABLES, contents, strict=True):
+            for table, content in zip(TABLES, tables, strict=True):
                 module.__dict__[table].clear()
                 module.__dict__[table].update(content)
-            for name, copy in containers.items():
-                if put_back(module.__dict__[name], copy):
-                    changed.append("self." + f"{path}.{name}".lstrip("."))
-
-
-def _containers(module: nn.Module) -> dict[str, Any]:
-    kinds = (list, set, deque, dict)
-    return {k: v.copy() for k, v in module.__dict__.items() if type(v) in kinds and not k.startswith("_")}
+            changed += ["self." + f"{path}.{name}".lstrip(".") for name in put_back(containers)]
 
 
 @contextmanager
-def attributes(model: nn.Module, buffers: bool = False) -> Iterator[None]:
+def _attributes(model: nn.Module, buffers: bool) -> Iterator[None]:
     """Stop `self.name = value` on the modules of `model`, unless it changes nothing or, if asked for, sets a buffer."""
     known = {id(m): path for path, m in model.named_modules()}
     original = nn.Module.__setattr__

@@ -15,7 +15,8 @@ from torch import nn
 
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.export.program import export
-from fxfuse.capture.python_use import outside, reach
+from fxfuse.capture.held_modules import outside
+from fxfuse.capture.python_use import reach
 from fxfuse.capture.symbolic import capture, stays, unusable
 from fxfuse.names import above
 from fxfuse.refusal import CaptureError, Refusal

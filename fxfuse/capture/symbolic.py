@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import traceback
 from typing import Any
 
 import torch
@@ -12,20 +9,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.capture.captured import Captured as Captured
+from fxfuse.capture.failures import cannot, located
 from fxfuse.capture.guards import guarded
 from fxfuse.capture.tracer import CHECKED
 from fxfuse.capture.tracer import FuseTracer as FuseTracer
 from fxfuse.refusal import CaptureError, Refusal
-
-_LIBRARIES = (
-    os.path.dirname(torch.__file__) + os.sep,
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
-    contextlib.__file__,
-    "<",
-)
-REMEDY = (
-    "optimize the submodules around that line one by one, or make the line independent of its input's data and size"
-)
 
 
 def capture(
@@ -58,9 +46,7 @@ def capture(
             raise CaptureError(f"{type(model).__name__} cannot be traced: {text}", text)
         return general or fixed
     assert error is not None
-    place = _where(error)
-    text = f"{type(model).__name__} cannot be traced{place}; {REMEDY}"
-    raise CaptureError(text, place.removeprefix(" at ").lstrip(": ")) from error
+    raise cannot(model, "traced", error) from error
 
 
 def _given(inputs: tuple[Any, ...] | None) -> int:
@@ -125,7 +111,7 @@ def _trace(model: nn.Module, tracer: FuseTracer) -> Captured:
             node.type = None
     tensors = {n: t for n, t in created.items() if isinstance(t, Tensor)}
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
-    whole = {p: _where(e).removeprefix(" at ").lstrip(": ") for p, e in tracer.whole.items() if p in called}
+    whole = {p: located(e) for p, e in tracer.whole.items() if p in called}
     return Captured(graph, model, tensors, whole=whole)
 
 
@@ -141,11 +127,3 @@ def _signature(graph: Graph, names: set[str]) -> list[Any]:
             found.append((node.op, str(node.target), repr(args)))
             seen[node] = f"%{len(found)}"
     return found
-
-
-def _where(error: Exception) -> str:
-    """The innermost line of the user's own code and what it raised."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
-    text = str(error).strip().splitlines()
-    return f"{place}: {(text[0] if text else type(error).__name__).rstrip('.')}"

@@ -14,7 +14,7 @@ import inspect
 import linecache
 import operator
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from types import CodeType, GetSetDescriptorType
 from typing import Any
@@ -25,7 +25,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 
 from fxfuse.attributes import owner_of
-from fxfuse.capture.containers import put_back
+from fxfuse.capture.containers import ORDERED, contents, put_back
 from fxfuse.ops.memory import INPLACE
 from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded, is_number, is_tensor, number_type
@@ -211,16 +211,17 @@ class FuseTracer(DictTracer):
         for proxied in attempts:
             if self.is_leaf_module(m, path):
                 break
-            last, stack, lists = next(reversed(self.graph.nodes), None), list(self.module_stack), _lists(m)
+            last, stack = next(reversed(self.graph.nodes), None), list(self.module_stack)
+            lists = contents(m, ORDERED)
             self.proxy_buffer_attributes = proxied
             try:
                 _refuse_catching(type(m).forward)
                 result = super().call_module(m, forward, args, kwargs)
-                if _restore(lists):
+                if put_back(lists):
                     raise CaptureError(f"the forward changes a list or set that {type(m).__name__} keeps")
                 return result
             except Exception as error:  # what a forward raises on proxies can be anything
-                _restore(lists)
+                put_back(lists)
                 self._undo(last, stack)
                 if proxied is attempts[-1]:
                     self.whole[path] = error
@@ -259,15 +260,3 @@ def _refuse_catching(forward: Any) -> None:
 def _modes() -> tuple[Any, ...]:
     autocast = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda")]
     return (torch.is_grad_enabled(), *autocast)
-
-
-def _lists(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Lists and sets a module keeps, each with a copy."""
-    values = [v for v in module.__dict__.values() if type(v) in (list, set, deque)]
-    return [(v, v.copy()) for v in values]
-
-
-def _restore(lists: list[tuple[Any, Any]]) -> bool:
-    """Put saved lists and sets back; whether anything had changed."""
-    changed = [put_back(value, saved) for value, saved in lists]  # all of them, not up to the first
-    return any(changed)

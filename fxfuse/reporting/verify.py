@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from fxfuse.capture.example_shapes import run_copy
+from fxfuse.capture.example_inputs import run_copy
 from fxfuse.capture.export.program import export
 from fxfuse.capture.symbolic import capture
 from fxfuse.rearranging.prepare import tidy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,21 @@ def collects(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(x)) * len(self.seen)
 
 
+def collects_in_private(self: Any, x: Tensor) -> Tensor:
+    self._seen.append(x)
+    return self.b(self.a(x)) * len(self._seen)
+
+
+def queues_in_private(self: Any, x: Tensor) -> Tensor:
+    self._queue.append(self.a(x))
+    return self.b(self.a(x))
+
+
+def names_in_private(self: Any, x: Tensor) -> Tensor:
+    self._names.add("x")
+    return self.b(self.a(x)) * len(self._names)
+
+
 def replaces_a_buffer(self: Any, x: Tensor) -> Tensor:
     self.total = self.total + 1
     return self.b(self.a(x)) * self.total
@@ -121,6 +137,9 @@ STOPS: dict[str, tuple[Forward, str]] = {
     "counter": (counts, rf"{HERE}.*sets self\.calls"),
     "attribute": (remembers, rf"{HERE}.*sets self\.last"),
     "list": (collects, r"changes self\.(0\.)?seen|changes a list"),
+    "private list": (collects_in_private, r"changes self\.(0\.)?_seen|changes a list"),
+    "private deque": (queues_in_private, r"changes self\.(0\.)?_queue|changes a list"),
+    "private set": (names_in_private, r"changes self\.(0\.)?_names|changes a list"),
     "buffer replaced": (replaces_a_buffer, rf"{HERE}.*sets self\.total"),
     "tensor written": (writes_a_tensor, rf"{HERE}.*writes to a tensor of the model"),
     "torch random": (draws, rf"{HERE}.*random numbers"),
@@ -131,7 +150,8 @@ STOPS: dict[str, tuple[Forward, str]] = {
 
 
 def build(forward: Forward) -> nn.Module:
-    model = usual(forward, calls=0, seen=[], total=torch.zeros((), dtype=torch.float64))
+    private = {"_seen": [], "_queue": deque(), "_names": set()}
+    model = usual(forward, calls=0, seen=[], **private, total=torch.zeros((), dtype=torch.float64))
     model.loose = torch.ones(4, 1, 1, dtype=torch.float64)
     return model
 
@@ -145,6 +165,7 @@ def test_a_model_that_does_not_trace_says_where(case: str) -> None:
         fxfuse.optimize(model, capture="symbolic")
     assert_untouched(model, before)
     assert torch.equal(model.loose, loose) and model.seen == [] and "last" not in vars(model)
+    assert not model._seen and not model._queue and not model._names
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
@@ -187,6 +208,15 @@ def memo(self: Any, x: Tensor) -> Tensor:
     return self.b(F.conv2d(x, self.cache["w"]))
 
 
+def private_memo(self: Any, x: Tensor) -> Tensor:
+    self._cache.setdefault("y", self.a(x))
+    return self.b(self._cache.pop("y"))
+
+
+def keeps_a_sum(self: Any, x: Tensor) -> Tensor:
+    return self.b(self._cache.setdefault(0, self.a.weight.sum()) * self.a(x))
+
+
 def sets_the_same(self: Any, x: Tensor) -> Tensor:
     self.calls = 0
     return self.b(self.a(x))
@@ -214,6 +244,14 @@ def test_what_a_graph_can_hold_is_traced(case: str) -> None:
     model.cache, model.tensors = {}, [torch.full((4, 1, 1), 3.0, dtype=torch.float64)]
     model.parameter_list = nn.ParameterList([nn.Parameter(torch.ones(4, 1, 1, dtype=torch.float64))])
     agrees(model, fires=True)
+
+
+@pytest.mark.parametrize("forward", (memo, private_memo, keeps_a_sum))
+def test_nothing_of_a_trace_stays_in_a_memo(forward: Forward) -> None:
+    model = build(forward)
+    model.cache, model._cache = {}, {}
+    assert fxfuse.report(fxfuse.optimize(model, capture="symbolic")).fired
+    assert model.cache == {} and model._cache == {}
 
 
 def test_a_moving_average_is_kept() -> None:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
-from fxfuse.capture.export.arguments import Part, parts
+from fxfuse.capture.example_inputs import Part, parts
 from fxfuse.capture.export.conditions import VARIES, Conditions, conditions, input_values, number
 from fxfuse.names import is_aten
 from fxfuse.ops.aten import whole_slice

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.capture.export.arguments import Part
+from fxfuse.capture.example_inputs import Part
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 Conditions = dict[str, str]

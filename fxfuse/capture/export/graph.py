@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.attributes import attribute, tensor_at
 from fxfuse.capture.captured import KNOWN, Captured
-from fxfuse.capture.export.arguments import Part, parts
+from fxfuse.capture.example_inputs import Part, parts
 from fxfuse.capture.export.checks import InputChecks
 from fxfuse.capture.export.conditions import VARIES, Conditions, number
 from fxfuse.names import plain
@@ -46,13 +46,13 @@ def rebuild(model: nn.Module, inputs: tuple[Any, ...], program: Any, holds: Cond
             flow operators, objects that are no tensors.
     """
     new = _Rebuilder(model, program)
-    new.arguments(parts(model, inputs), holds)
+    general = new.arguments(parts(model, inputs), holds)
     for node in new.source.graph.nodes:
         if node.op == "output":
             new.output(node)
         elif node.op == "call_function":
             new.copy(node)
-    return Captured(new.graph, model, new.constants, how="export", general=new.general(holds, parts(model, inputs)))
+    return Captured(new.graph, model, new.constants, how="export", general=general)
 
 
 class _Rebuilder:
@@ -68,12 +68,14 @@ class _Rebuilder:
         for path, tensor in (pair for pairs in named for pair in pairs):
             self.paths.setdefault(id(tensor), path)
 
-    def arguments(self, given: Sequence[Part], holds: Conditions) -> None:
+    def arguments(self, given: Sequence[Part], holds: Conditions) -> bool:
         """One placeholder a parameter of the forward, and checks of all that is taken for granted of them.
 
-        Parameters that are not given are held to their default.
+        Numbers, strings and the lengths of containers are held to those of the examples, and parameters that are
+        left out to their defaults: with any of these the graph does not hold for every batch and size, as it does
+        where nothing but numbers of channels is taken for granted. Whether it does is returned.
         """
-        made = self._placeholders({p.name for p in given})
+        made, left_out = self._placeholders({p.name for p in given})
         check = InputChecks(self.graph, made)
         for part in given:
             if part.inside:
@@ -87,35 +89,25 @@ class _Rebuilder:
             self.nodes[node] = made[part.name]
             self._know(made[part.name], node)
             check.value(part.name, part.value)
-        for name, parameter in self._left_out({p.name for p in given}):
-            check.value(name, parameter.default)
+        for name, default in left_out.items():
+            check.value(name, default)
         for text, place in holds.items():
             check.condition(text, place)
-
-    def general(self, holds: Conditions, given: Sequence[Part]) -> bool:
-        """Whether the graph holds for every batch and size: the number of channels is all that is taken for granted.
-
-        Numbers, strings and the lengths of containers are held to those of the examples, and parameters that are
-        left out to their defaults: with any of these it does not hold.
-        """
         channels = all(re.fullmatch(r".*\.size\(1\) == \d+", text) for text in holds)
-        tensors = all(p.leaf and isinstance(p.value, Tensor) for p in given)
-        return channels and tensors and not any(self._left_out({p.name for p in given}))
+        return channels and not left_out and all(p.leaf and isinstance(p.value, Tensor) for p in given)
 
-    def _placeholders(self, given: Collection[str]) -> dict[str, Node]:
-        made = {}
-        left_out = dict(self._left_out(given))
+    def _placeholders(self, given: Collection[str]) -> tuple[dict[str, Node], dict[str, Any]]:
+        """One a parameter that is given or has a plain default, and the defaults of those that are not given."""
+        made, left_out = dict[str, Node](), dict[str, Any]()
         for name, parameter in inspect.signature(self.model.forward).parameters.items():
             default = parameter.default if isinstance(parameter.default, _PLAIN) else inspect.Parameter.empty
+            if name not in given and default is inspect.Parameter.empty:
+                continue
             star = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else ""
-            if name in given or name in left_out:
-                made[name] = self.graph.placeholder(star + name, default_value=default)
-        return made
-
-    def _left_out(self, given: Collection[str]) -> Iterator[tuple[str, inspect.Parameter]]:
-        for name, parameter in inspect.signature(self.model.forward).parameters.items():
-            if name not in given and isinstance(parameter.default, _PLAIN):
-                yield name, parameter
+            made[name] = self.graph.placeholder(star + name, default_value=default)
+            if name not in given:
+                left_out[name] = default
+        return made, left_out
 
     def copy(self, node: Node) -> None:
         """One operation, on the values of the new graph."""

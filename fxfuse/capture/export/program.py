@@ -7,7 +7,6 @@ capture is refused.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections import OrderedDict
@@ -25,12 +24,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxfuse.capture.captured import Captured
-from fxfuse.capture.example_shapes import run_copy
+from fxfuse.capture.example_inputs import bound, run_copy
 from fxfuse.capture.export.any_batch import for_any_batch
-from fxfuse.capture.export.arguments import parts
 from fxfuse.capture.export.graph import rebuild
-from fxfuse.capture.guards import attributes, restored
-from fxfuse.capture.symbolic import REMEDY, _where
+from fxfuse.capture.failures import cannot
+from fxfuse.capture.guards import restored, unchanged
 from fxfuse.ops.modules import HOOKS, has_hooks
 from fxfuse.refusal import CaptureError
 
@@ -46,10 +44,7 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
         CaptureError: torch.export fails; the message names the line that stopped it.
         ValueError: the model does not run on the inputs.
     """
-    try:
-        parts(model, inputs)
-    except TypeError as error:
-        raise ValueError(f"{type(model).__name__} does not run on example_inputs: {error}") from error
+    bound(model, inputs)
     for path, module in model.named_modules():
         if module is not model and has_hooks(module):
             raise CaptureError(f"{path} has hooks, which torch.export would run once and forget; remove them first")
@@ -66,7 +61,7 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
         with restored(model):
             run_copy(model, inputs)  # or is it the inputs that do not fit?
     assert last is not None
-    raise CaptureError(f"{type(model).__name__} cannot be exported{_where(last)}; {REMEDY}") from last
+    raise cannot(model, "exported", last) from last
 
 
 def _program(model: nn.Module, inputs: tuple[Any, ...], dims: int | None) -> Any:
@@ -75,11 +70,12 @@ def _program(model: nn.Module, inputs: tuple[Any, ...], dims: int | None) -> Any
     def sizes(value: Any) -> Any:
         return dict.fromkeys(range(value.dim())[:dims], torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
 
-    given = inspect.signature(model.forward).bind(*inputs).arguments
-    shapes, own = pytree.tree_map(sizes, dict(given)), pytree.tree_map_only(Tensor, _own, inputs)
+    shapes, own = pytree.tree_map(sizes, bound(model, inputs)), pytree.tree_map_only(Tensor, _own, inputs)
     with ExitStack() as stack:
-        for context in (_quiet(), _unchanged(model), torch.enable_grad(), _sizes_of_one(), _PlainSizes()):
+        for context in (_quiet(), unchanged(model, buffers=True), torch.enable_grad(), _sizes_of_one(), _PlainSizes()):
             stack.enter_context(context)
+        for name in HOOKS:  # those of the model itself stay around the graph, and must not be in it too
+            model.__dict__[name] = OrderedDict()
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
         return torch.export.export(model, own, dynamic_shapes=shapes, strict=False)
@@ -135,14 +131,3 @@ def _sizes_of_one() -> Iterator[None]:
     config = settings.patch(backed_size_oblivious=True)
     with config, patch.object(torch, "_debug_has_internal_overlap", lambda tensor: unknown):
         yield
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """The model put back as it was; raises where its forward changes more of it than buffers."""
-    with restored(model) as changed, attributes(model, buffers=True):
-        for name in HOOKS:  # those of the model itself stay around the graph, and must not be in it too
-            model.__dict__[name] = OrderedDict()
-        yield
-    if changed:
-        raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")
