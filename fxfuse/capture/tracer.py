@@ -1,8 +1,7 @@
 """The tracer: torch.fx's, made faithful.
 
-What torch.fx would drop without a word is recorded (`x += y` as a write, `x[i] = v`) or raises
-(another gradient mode, autocast, questions about a value's type). A module whose forward raises under
-tracing, or is more than its graph, is kept whole: it stays one call in the graph.
+What torch.fx would drop without a word is recorded, or raises (another gradient mode, autocast). A module
+whose forward raises under tracing, or is more than its graph, is kept whole: it stays one call in the graph.
 """
 
 from __future__ import annotations
@@ -11,96 +10,25 @@ import dataclasses
 import dis
 import functools
 import inspect
-import linecache
 import operator
-import sys
 from collections import Counter
-from collections.abc import Callable
-from types import CodeType, GetSetDescriptorType
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
-from torch.fx.proxy import Attribute
 
-from fxfuse.attributes import owner_of
 from fxfuse.capture.containers import ORDERED, contents, put_back
-from fxfuse.ops.memory import INPLACE
+from fxfuse.capture.proxies import FuseProxy
 from fxfuse.ops.modules import has_hooks, layer_type
-from fxfuse.ops.value_kinds import extremes_recorded, is_number, is_tensor, number_type
+from fxfuse.ops.value_kinds import extremes_recorded
 from fxfuse.refusal import CaptureError
 
 CHECKED = "fxfuse_default"
 _RESHAPES = set(
     "squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ resize_ resize_as_ as_strided_ set_ rename_".split()
 )
-_ATTRIBUTES = {n: inspect.getattr_static(Tensor, n) for n in dir(Tensor) if not n.startswith("_")}
-_PROPERTIES = {n for n, a in _ATTRIBUTES.items() if isinstance(a, (property, GetSetDescriptorType))}
-
-
-class FuseProxy(Proxy):
-    """A proxy that records what it is written with, and does not guess what it cannot know."""
-
-    def __getattr__(self, name: str) -> Attribute:
-        attribute = FuseAttribute(self, name)
-        if name in _PROPERTIES:
-            _ = attribute.node  # read now: `x.shape` behind an `x.squeeze_()` would be another
-        return attribute
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("data", "grad", "requires_grad", "real", "imag", "names"):
-            raise CaptureError(f"the forward assigns to .{name} of a tensor, which a graph cannot hold")
-        super().__setattr__(name, value)
-
-    def __len__(self) -> int:
-        if self.node.op == "get_attr" and isinstance(self.tracer, FuseTracer):
-            owner, name = owner_of(self.tracer.root, str(self.node.target))
-            tables = vars(owner)
-            return len((tables["_parameters"] | tables["_buffers"])[name])  # a weight's size is known
-        return super().__len__()
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """Read by `isinstance`, and by C code too: whose line it is tells the two apart."""
-        asking = sys._getframe(1)
-        library = asking.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxfuse")
-        if library or "isinstance(" not in linecache.getline(asking.f_code.co_filename, asking.f_lineno):
-            return FuseProxy
-        tracer = self.tracer
-        if isinstance(tracer, FuseTracer) and is_tensor(self.node, tracer.root):
-            return Tensor
-        if (number := number_type(self.node)) is not None:
-            return number
-        raise CaptureError("the forward asks for the type of a value, which is only known when it runs")
-
-
-class FuseAttribute(Attribute, FuseProxy):
-    """An attribute of a proxy; if it is a method to be called, no node of its own is made."""
-
-    @property
-    def node(self) -> Node:  # type: ignore[override]
-        if self._node is not None and self._node._erased:  # it was made in a trace that was given up
-            self._node = None
-        return super().node
-
-
-def _writing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def write(self: FuseProxy, other: Any) -> Any:
-        numbers = self.tracer.numbers if isinstance(self.tracer, FuseTracer) else {}
-        if is_number(self.node, numbers):
-            plain = getattr(operator, name, None) or getattr(operator, name + "_")
-            return self.tracer.create_proxy("call_function", plain, (self, other), {})
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return write
-
-
-for _name, _function in INPLACE.items():
-    setattr(FuseProxy, f"__i{_name}__", _writing(_name, _function))
 
 
 class DictTracer(Tracer):
