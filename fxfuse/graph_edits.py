@@ -15,7 +15,6 @@ from torch.fx import Graph, Node
 
 from fxfuse.capture.captured import KNOWN, Captured
 
-PROVENANCE = ("nn_module_stack", "stack_trace")  # of the metadata of a node, in one that stands for it
 RANK = "fxfuse took the input here for a batch of {0} dims; optimize with example_inputs of the rank you use"
 WIDTH = "fxfuse took the input here for a batch of {0} channels; optimize with example_inputs of the channels you use"
 
@@ -64,7 +63,7 @@ class Editor:
             return self.graph.create_node("get_attr", path)
 
     def _noted(self, new: Node, old: Node | None, like: Node | None) -> Node:
-        new.meta = {k: old.meta[k] for k in PROVENANCE if k in old.meta} if old is not None else {}
+        new.meta = {} if old is None else provenance(old)
         if like is not None:
             self.same_shape(new, like)
         return new
@@ -77,6 +76,10 @@ class Editor:
                 table[node] = table[like]  # type: ignore[assignment]
         if KNOWN in like.meta:
             node.meta[KNOWN] = like.meta[KNOWN]
+
+    def sized(self, node: Node, sizes: Sequence[int | None]) -> None:
+        """Note the sizes that a node has for every input, None where they vary, unless more is noted."""
+        node.meta.setdefault(KNOWN, (tuple(sizes), None))
 
     def resize(self, node: Node, axis: int, size: int) -> None:
         """Note that a node has another size along an axis, counted from the end."""
@@ -121,6 +124,11 @@ class Editor:
         """Check when the model runs what was taken for granted: the rank of a tensor, or its size along an axis."""
         if size is not None:
             insert_check(self.graph, source, size, axis)
+
+
+def provenance(node: Node) -> dict[str, Any]:
+    """Of the metadata of a node, what one that stands for it gets too."""
+    return {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
 
 
 def insert_check(graph: Graph, source: Node, size: int, axis: int | None) -> None:

@@ -14,7 +14,8 @@ from fxfuse.rearranging.prepare import prepare, tidy
 from fxfuse.refusal import Refusal
 from fxfuse.reporting import describe
 from fxfuse.reporting.fired import Fired, Totals
-from fxfuse.rewriting.rewriter import Recipe, Rewriter
+from fxfuse.rewriting.assemble import Rewritten
+from fxfuse.rewriting.rewriter import rewrite
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class Fused:
     """A graph with its plan carried out: what fused and what did not, sizes before and after, how weights follow."""
 
     captured: Captured
-    rewriter: Rewriter
-    recipes: tuple[Recipe, ...]
+    rewritten: Rewritten
     fired: tuple[Fired, ...]
     refused: tuple[Refusal, ...]
     before: Totals
@@ -40,10 +40,9 @@ def fuse(captured: Captured, patterns: Selection, price: CostFunction, weights: 
     view, swapped = prepare(view, patterns, price)
     plan = make_plan(view, patterns, price)
     left = permutations_left(view, patterns, price, plan.fused())
-    rewriter = Rewriter(view, dry_run=not weights)
-    plan, recipes = rewriter.apply(plan)
-    fired = (*map(describe.swapped, swapped), *describe.fired(plan, view, rewriter.names))
+    plan, rewritten = rewrite(view, plan, weights)
+    fired = (*map(describe.swapped, swapped), *describe.fired(plan, view, rewritten.names))
     macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
-    after = describe.totals(rewriter.graph, rewriter.modules(), rewriter.params(), macs)
+    after = describe.totals(captured.graph, rewritten.modules, rewritten.params(), macs)
     refused = tuple(dict.fromkeys((*plan.refusals, *left)))
-    return Fused(captured, rewriter, recipes, fired, refused, before, after)
+    return Fused(captured, rewritten, fired, refused, before, after)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxfuse.algebra.constants import Apply, Attr, model_values
+from fxfuse.algebra.constants import model_values
+from fxfuse.algebra.held_indices import changed
 from fxfuse.attributes import tensor_at
 from fxfuse.compiling.weight_sets import bump
-from fxfuse.rearranging.index_tensors import Held, changed
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.report import Report
 from fxfuse.rewriting.assemble import spelled
 from fxfuse.rewriting.layers import PARAMETERS, tensors
-from fxfuse.rewriting.rewriter import Recipe
+from fxfuse.rewriting.recipes import Replay
 
 STORE = "_fxfuse"
-
-
-@dataclass(frozen=True)
-class Replay:
-    """How the fused layers of one part of a model are computed, and the tensors that only its trace knew.
-
-    `held` are tensors of indices that decided the plan, with what they held.
-    """
-
-    path: str
-    recipes: tuple[Recipe, ...]
-    constants: dict[str, Any]
-    held: dict[Attr | Apply, Held] = field(default_factory=dict)
 
 
 def store(fused: nn.Module, report: Report, replays: tuple[Replay, ...]) -> None:

@@ -15,12 +15,12 @@ from fxfuse.capture.parts import Part, survey
 from fxfuse.cost import CostFunction
 from fxfuse.pattern import Selection
 from fxfuse.pipeline import fuse
-from fxfuse.refresh import Replay
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.describe import layer_totals
 from fxfuse.reporting.fired import Fired, Totals
 from fxfuse.reporting.report import Report
-from fxfuse.rewriting.assemble import keep
+from fxfuse.rewriting.assemble import assemble, keep
+from fxfuse.rewriting.recipes import Replay
 
 
 @dataclass
@@ -48,9 +48,9 @@ class FusedParts:
         self.after += done.after
         if part.path and not done.fired:
             return
-        self.replays += (Replay(part.path, done.recipes, captured.constants, captured.held),)
+        self.replays += (Replay(part.path, done.rewritten.recipes, captured.constants, captured.held),)
         if not self.dry_run:
-            built = self.memo[id(part.module)] = done.rewriter.build(self.memo)
+            built = self.memo[id(part.module)] = assemble(captured, done.rewritten.layers, self.memo)
             keep(built, {name: getattr(part.module, name) for name in part.asked})
 
     def stay(self, part: Part) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from fxfuse.algebra.constants import Apply, Attr
+from fxfuse.algebra.held_indices import Held
 from fxfuse.algebra.operator import Operator
 from fxfuse.attributes import attribute
 from fxfuse.compiling.dynamo_graphs import exposed_state, frozen_state, traced
@@ -19,7 +20,6 @@ from fxfuse.compiling.options import CompileOptions
 from fxfuse.cost import cost_name, resolve
 from fxfuse.pattern import select
 from fxfuse.pipeline import fuse
-from fxfuse.rearranging.index_tensors import Held
 from fxfuse.reporting.report import Report
 from fxfuse.rewriting.functional import functional
 from fxfuse.rewriting.layers import PARAMETERS
@@ -74,11 +74,11 @@ def fused_graph(gm: GraphModule, inputs: Sequence[Any], options: CompileOptions)
         capture="dynamo",
     )
     logger.info("%s", report.headline)
-    rewriter, operators = done.rewriter, {recipe.target: recipe.op for recipe in done.recipes}
-    made = functional(rewriter.graph, rewriter.layers)
+    graph, operators = take.captured.graph, {recipe.target: recipe.op for recipe in done.rewritten.recipes}
+    made = functional(graph, done.rewritten.layers)
     folded = {path: (operators[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
     constants = {path: attribute(take.captured.root, path) for path in held}
-    return FusedGraph(rewriter.graph, take.state, folded, constants, take.captured.held, report)
+    return FusedGraph(graph, take.state, folded, constants, take.captured.held, report)
 
 
 def _tell(text: str) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
+from fxfuse.algebra.held_indices import changed
 from fxfuse.compiling.dynamo_graphs import statistics
 from fxfuse.compiling.fused_graph import FusedGraph
 from fxfuse.compiling.graph_copies import copied_graph, copied_module, module_of
 from fxfuse.compiling.inner_compiler import Runner, compiled
 from fxfuse.compiling.options import CompileOptions
 from fxfuse.compiling.weight_sets import WeightSet, touch
-from fxfuse.rearranging.index_tensors import changed
 from fxfuse.refusal import Refusal
 from fxfuse.rewriting.functional import attributes_as_inputs
 from fxfuse.rewriting.layers import tensors

@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from fxfuse.algebra.operator import Operator
 from fxfuse.names import plain
 from fxfuse.ops.call import Call
 
@@ -66,22 +64,6 @@ def read_module(node: Node, module: Any, path: str, state: dict[str, Any]) -> Ca
     return Call("deform", args | fields | state, 2, path)
 
 
-def layer(op: Operator, weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Module:
-    """torchvision's layer that executes `op`."""
-    padding = tuple(low for low, _ in op.padding)
-    cls = importlib.import_module(_HOME).DeformConv2d
-    with torch.device("meta"):  # where no random numbers are drawn for weights that are replaced at once
-        built: nn.Module = cls(
-            op.input_width, op.out_channels, op.kernel, op.stride, padding, op.dilation, op.groups, bias is not None
-        )
-    built.weight = nn.Parameter(weight, requires_grad)
-    if bias is not None:
-        built.bias = nn.Parameter(bias, requires_grad)
-    return built.eval()
-
-
-def call_function(graph: Graph, layer: Any, args: tuple[Any, ...], state: list[Node | None]) -> Node:
-    """The layer as a call of torchvision's function on attributes."""
-    x, offset, mask = (*args, None)[:3]
-    geometry = (layer.stride, layer.padding, layer.dilation, mask)
-    return graph.call_function(importlib.import_module(_HOME).deform_conv2d, (x, offset, *state, *geometry))
+def torchvision_ops() -> Any:
+    """The module of torchvision that has the layer and the function."""
+    return importlib.import_module(_HOME)

@@ -31,6 +31,11 @@ class Fuse:
         """The node whose value the stretch gives."""
         return exit_of(self.parts)
 
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes that it replaces."""
+        return [n for p in self.parts for n in part_nodes(p)]
+
 
 @dataclass(frozen=True, slots=True)
 class Keep:
@@ -60,7 +65,7 @@ class Site:
 
     def nodes(self) -> list[Node]:
         """Nodes of all fused stretches."""
-        return [n for f in fuses(self.segments) for p in f.parts for n in part_nodes(p)]
+        return [n for f in fuses(self.segments) for n in f.nodes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +140,12 @@ def _layers(source: Node, segments: tuple[Segment, ...]) -> Iterator[tuple[Node,
             yield source, segment
         elif isinstance(segment, Rejoin):
             for piece in segment.pieces:
-                if not _some_branches(piece, segment.join):
+                if not some_branches(piece, segment.join):
                     yield from _layers(source, piece)
         source = _value(segment) or source
 
 
-def _some_branches(piece: tuple[Segment, ...], join: Join) -> bool:
+def some_branches(piece: tuple[Segment, ...], join: Join) -> bool:
     """Whether a piece is several branches of the join, merged: no node gives its value."""
     first = piece[0].parts[0] if len(piece) == 1 and isinstance(piece[0], Fuse) else None
     return isinstance(first, Join) and first.node is join.node

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from fxfuse.attributes import owner_of
+from fxfuse.algebra.operator import Operator
+from fxfuse.attributes import attribute, owner_of
+from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
 from fxfuse.capture.retracer import Reader
-from fxfuse.capture.symbolic import Captured
 from fxfuse.ops.modules import HOOKS
+from fxfuse.rewriting.recipes import Recipe
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 
@@ -54,14 +56,44 @@ def keep(module: GraphModule, attributes: dict[str, Any], hidden: tuple[str, ...
         module._register_deepcopy_hook(kept)
 
 
-def assemble(
-    captured: Captured, graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter], memo: dict[int, Any]
-) -> GraphModule:
-    """The GraphModule of `graph`: `layers` as they are, every other module and tensor copied.
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph with a plan carried out: its new layers (or biases alone) by path, and the path of each operator's."""
+
+    captured: Captured
+    layers: dict[str, nn.Module | nn.Parameter]
+    names: dict[Operator, str]
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return tuple(Recipe(name, op) for op, name in self.names.items())
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module a call in the graph can name: the root's, and the fused layers over them."""
+        modules = self.captured.modules
+        known = {spelled(self.captured.root, path): module for path, module in modules.items()}
+        return modules | known | {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
+
+    def params(self) -> int:
+        """Parameters that the graph uses, each tensor once."""
+        modules, used = self.modules, set[nn.Parameter]()
+        for node in self.captured.graph.nodes:
+            path = str(node.target)
+            if node.op == "call_module":
+                used.update(modules[path].parameters())
+            elif node.op == "get_attr" and path not in self.captured.constants:
+                value = self.layers[path] if path in self.layers else attribute(self.captured.root, path)
+                used |= {value} if isinstance(value, nn.Parameter) else set()
+        return sum(p.numel() for p in used)
+
+
+def assemble(captured: Captured, layers: Mapping[str, nn.Module | nn.Parameter], memo: dict[int, Any]) -> GraphModule:
+    """The GraphModule of a rewritten graph: `layers` as they are, every other module and tensor copied.
 
     `memo` (by id) holds what was copied or replaced before, as for deepcopy.
     """
-    root = captured.root
+    root, graph = captured.root, captured.graph
     state: dict[str, Any] = {}
     hidden: list[str] = []
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""A rewritten graph with its layers as function calls on weights, for compilers that take those."""
+"""A rewritten graph with its layers as function calls on weights, or on inputs, for compilers that take those."""
 
 from __future__ import annotations
 
@@ -11,54 +11,51 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from fxfuse.ops.deformable import call_function, is_deformable
+from fxfuse.ops.deformable import is_deformable, torchvision_ops
 from fxfuse.rewriting.layers import PARAMETERS
 
 
 def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, tuple[str, str]]:
     """Turn every call of one of `layers` into a function of attributes; (layer, parameter) by attribute path."""
     attributes: dict[str, tuple[str, str]] = {}
+
+    def attribute(name: str, parameter: str) -> Node | None:
+        if getattr(layers[name], parameter, None) is None:
+            return None
+        attributes[f"{name}.{parameter}"] = (name, parameter)
+        return graph.get_attr(f"{name}.{parameter}")
+
     for node in list(graph.nodes):
-        if node.op == "get_attr" and node.target in layers:  # a bias that is added by itself
-            path, _, name = str(node.target).rpartition(".")
-            attributes[str(node.target)] = (path, name)
-        if node.op != "call_module" or node.target not in layers:
-            continue
-        name, layer = str(node.target), layers[str(node.target)]
-        state: list[Node | None] = []
-        with graph.inserting_before(node):
-            for parameter in PARAMETERS:
-                if getattr(layer, parameter, None) is None:
-                    state.append(None)
-                    continue
-                attributes[f"{name}.{parameter}"] = (name, parameter)
-                state.append(graph.get_attr(f"{name}.{parameter}"))
-            new = _call(graph, layer, node.args, state)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    _drop_unread(graph)
+        name = str(node.target)
+        if node.op == "get_attr" and name in layers:  # a bias that is added by itself
+            path, _, parameter = name.rpartition(".")
+            attributes[name] = (path, parameter)
+        if node.op == "call_module" and name in layers:
+            with graph.inserting_before(node):
+                new = _call(graph, layers[name], node.args, [attribute(name, p) for p in PARAMETERS])
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+    _erase_unread_attributes(graph)
     return attributes
 
 
 def attributes_as_inputs(graph: Graph, paths: Iterable[str]) -> list[Node]:
-    """Turn the attributes at `paths` into inputs behind those there are; attributes that nothing reads go."""
-    nodes: dict[str, list[Node]] = {}
+    """Make inputs of the attributes at `paths`, in this order behind those that there are; the new inputs."""
+    made, read = list[Node](), dict[str, list[Node]]()
     for node in graph.find_nodes(op="get_attr"):
-        nodes.setdefault(str(node.target), []).append(node)
-    inputs = []
+        read.setdefault(str(node.target), []).append(node)
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         for path in paths:
-            new = graph.placeholder("weight_" + path.replace(".", "_"))
-            new.meta = dict(nodes[path][0].meta)
-            for node in nodes[path]:
-                node.replace_all_uses_with(new)
-            inputs.append(new)
-    _drop_unread(graph)
-    return inputs
+            made.append(graph.placeholder("weight_" + path.replace(".", "_")))
+            made[-1].meta = dict(read[path][0].meta)
+            for old in read[path]:
+                old.replace_all_uses_with(made[-1])
+    _erase_unread_attributes(graph)
+    return made
 
 
-def _drop_unread(graph: Graph) -> None:
+def _erase_unread_attributes(graph: Graph) -> None:
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
@@ -67,7 +64,9 @@ def _drop_unread(graph: Graph) -> None:
 def _call(graph: Graph, layer: Any, args: tuple[Any, ...], parameters: list[Node | None]) -> Node:
     *state, frame = parameters
     if is_deformable(layer):
-        return call_function(graph, layer, args, state)
+        x, offset, mask = (*args, None)[:3]
+        values = (x, offset, *state, layer.stride, layer.padding, layer.dilation, mask)
+        return graph.call_function(torchvision_ops().deform_conv2d, values)
     (x,) = args
     if isinstance(layer, nn.Linear):
         return graph.call_function(F.linear, (x, *state))

@@ -12,7 +12,7 @@ from fxfuse.algebra.numbers import compute
 from fxfuse.algebra.operator import Operator, sources
 from fxfuse.algebra.terms import Numbers, overflow
 from fxfuse.framed import FRAMED
-from fxfuse.ops import deformable
+from fxfuse.ops.deformable import torchvision_ops
 from fxfuse.refusal import Refusal
 
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
@@ -87,17 +87,18 @@ _BLANK = {c: _uninitialized(c) for c in (*_CONV.values(), *_CONV_TRANSPOSE.value
 
 
 def layer(op: Operator, stored: Stored, requires_grad: bool) -> nn.Module:
-    """The nn.Conv*, nn.ConvTranspose*, nn.Linear or framed convolution that executes `op`, in eval mode."""
+    """The nn.Conv*, nn.ConvTranspose*, nn.Linear, framed or deformable convolution that executes `op`, in eval mode."""
     weight, bias, frame = stored
+    padding = tuple(low for low, _ in op.padding)
+    cls: type[nn.Module] = nn.Linear
     if op.kind == "warp":
-        return deformable.layer(op, weight, bias, requires_grad)
-    built: nn.Module
-    if op.spatial == 0:
-        cls: type[nn.Module] = nn.Linear
+        cls, geometry = torchvision_ops().DeformConv2d, (op.stride, padding, op.dilation, op.groups)
+        with torch.device("meta"):
+            built = _uninitialized(cls)(op.input_width, op.out_channels, op.kernel, *geometry, bias is not None)
+    elif op.spatial == 0:
         built = _BLANK[cls](op.in_channels, op.out_channels, bias is not None, device="meta")
     else:
         mode = op.padding_mode
-        padding = tuple(low for low, _ in op.padding)
         outside = any(low != high for low, high in op.padding) or op.pad_value != 0
         if outside and op.pads:  # an F.pad before the layer does it, or a framed layer itself
             padding, mode = (0,) * len(padding), "zeros"
@@ -107,9 +108,7 @@ def layer(op: Operator, stored: Stored, requires_grad: bool) -> nn.Module:
         cls = (_CONV_TRANSPOSE if op.transposed else FRAMED if op.framed else _CONV)[op.spatial or 0]
         built = _BLANK[cls](op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta")
     built.__class__ = cls
-    built.weight = nn.Parameter(weight, requires_grad)
-    if bias is not None:
-        built.bias = nn.Parameter(bias, requires_grad)
-    if frame is not None:
-        built.frame = nn.Parameter(frame, requires_grad)
+    for name, tensor in zip(PARAMETERS, (weight, bias, frame), strict=True):
+        if tensor is not None:
+            setattr(built, name, nn.Parameter(tensor, requires_grad))
     return built.eval()

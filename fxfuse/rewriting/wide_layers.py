@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
-from fxfuse.planning.regions import part_nodes
+from fxfuse.graph_edits import provenance
 from fxfuse.planning.sites import Fuse, Run, Siblings
 from fxfuse.planning.slice_readers import RESHAPES
-
-if TYPE_CHECKING:
-    from fxfuse.rewriting.rewriter import Rewriter
+from fxfuse.rewriting.emitter import Emitter
 
 Slice = tuple[Node, int, int]  # of what, from which channel on, how many
 
@@ -21,8 +18,8 @@ Slice = tuple[Node, int, int]  # of what, from which channel on, how many
 class Wide:
     """Emits what `groups` of siblings share when the first of them is emitted."""
 
-    def __init__(self, rewriter: Rewriter, groups: Iterable[Siblings]) -> None:
-        self.rewriter, self.graph, self.view = rewriter, rewriter.graph, rewriter.view
+    def __init__(self, emitter: Emitter, groups: Iterable[Siblings]) -> None:
+        self.emitter, self.graph, self.view = emitter, emitter.graph, emitter.view
         self.group_of = {f.exit: g for g in groups for f in g.members}
         self.slices: dict[Node, Node] = {}  # by the exit of a sibling
         self.cut: dict[Node, Slice] = {}  # what each slice is
@@ -37,10 +34,10 @@ class Wide:
 
     def _emit(self, group: Siblings, source: Node) -> None:
         position = self.view.effects.position
-        first = min((self.rewriter.place(f, f.exit) for f in group.members), key=position.__getitem__)
+        first = min((self.emitter.place(f, f.exit) for f in group.members), key=position.__getitem__)
         with self.graph.inserting_before(first):
-            wide = self.rewriter.call(group.op, source)
-            self._describe(wide, group.members)
+            wide = self.emitter.call(group.op, source)
+            self.emitter.describe(wide, [n for f in group.members for n in f.nodes], group.op.path)
             start = 0
             for run in group.runs:
                 start = self._run(run, group, wide, start)
@@ -59,7 +56,7 @@ class Wide:
             inplace = whole and all(n in self.view.effects.writes for n in run.nodes)
             args, kwargs = run.activation.arguments(inplace)
             base, offset = self.graph.call_function(run.activation.function, (base, *args), kwargs), 0
-            base.meta = {k: v for k, v in run.nodes[0].meta.items() if k in ("nn_module_stack", "stack_trace")}
+            base.meta = provenance(run.nodes[0])
         self.widths[base] = group.op.out_channels if base is wide else width
         for number, fuse in enumerate(members):
             count = fuse.op.out_channels
@@ -69,16 +66,9 @@ class Wide:
                 self.cut[piece] = (base, offset, count)
             self.slices[fuse.exit] = piece
             if run.nodes:
-                self.rewriter.stand_for(run.nodes[number], piece)
+                self.emitter.stand_for(run.nodes[number], piece)
             offset += count
         return start + width
-
-    def _describe(self, wide: Node, members: Iterable[Fuse]) -> None:
-        nodes = [n for f in members for p in f.parts for n in part_nodes(p)]
-        affine, path = self.view.affine, self.group_of[next(iter(members)).exit].op.path
-        heaviest = next((n for n in nodes if n in affine and affine[n].op.path == path), nodes[-1])
-        wide.meta = {k: heaviest.meta[k] for k in ("nn_module_stack", "stack_trace") if k in heaviest.meta}
-        wide.meta["fxfuse"] = tuple(dict.fromkeys(n.name for n in nodes))
 
     def rejoin(self) -> None:
         """Concatenate what was sliced apart by one slice, or by none where it is the whole."""
@@ -93,11 +83,11 @@ class Wide:
                 node.args = (inputs, *node.args[1:])
                 whole = inputs[0] in self.widths and [u for u in inputs[0].users if not self._gone(u)] == [node]
                 if len(inputs) == 1 and whole:
-                    self.rewriter.stand_for(node, inputs[0])
+                    self.emitter.stand_for(node, inputs[0])
 
     def _gone(self, node: Node) -> bool:
         """Whether a node will be erased."""
-        return node in self.rewriter.condemned and all(map(self._gone, node.users))
+        return node in self.emitter.condemned and all(map(self._gone, node.users))
 
     def _united(self, parts: Iterable[Node], axis: int, before: Node) -> list[Node]:
         """Neighbouring slices of one tensor as one."""
@@ -114,7 +104,7 @@ class Wide:
                 whole = self.graph.call_function(torch.narrow, (base, axis, start, count))
             self.cut[whole] = (base, start, count)
             result.append(whole)
-            self.rewriter.condemned.update(gone)
+            self.emitter.condemned.update(gone)
         return [self._all_of(n) for n in result]
 
     def _all_of(self, piece: Node) -> Node:
@@ -122,5 +112,5 @@ class Wide:
         base, start, count = self.cut.get(piece, (piece, 0, 0))
         if (start, count) != (0, self.widths.get(base)):
             return piece
-        self.rewriter.condemned.add(piece)
+        self.emitter.condemned.add(piece)
         return base

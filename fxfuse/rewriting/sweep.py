@@ -1,0 +1,53 @@
+"""What is left of a graph once layers stand in it: readers redirected, and all erased that nobody reads any more."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from fxfuse.names import is_aten
+from fxfuse.ops import schema
+from fxfuse.ops.call import SEVERAL
+from fxfuse.ops.questions import rank_check, shape_reader
+from fxfuse.ops.value_kinds import is_number
+from fxfuse.planning.sites import Fuse
+from fxfuse.reading.view import View
+
+
+def redirect_readers(emitted: Mapping[Node, tuple[Fuse, Node]], current: Callable[[Node], Node]) -> None:
+    """Let those that ask a vanishing tensor for its rank or dtype ask what the layer reads instead.
+
+    `emitted` are the calls of the layers, each with what it reads.
+    """
+    for fuse, source in emitted.values():
+        while (source := current(source)) in emitted:
+            source = emitted[source][1]  # a layer keeps both
+        for node in fuse.nodes:
+            for user in list(node.users):
+                if shape_reader(user) in ("rank", "dtype"):
+                    user.replace_input_with(node, source)
+
+
+def sweep(view: View, condemned: set[Node]) -> None:
+    """Erase those `condemned` nodes that nobody reads, and what nobody reads because of it."""
+    graph, asserted = view.captured.graph, set[Any]()
+    for node in graph.nodes:  # one check of a rank per tensor is enough
+        if (key := rank_check(node)) is not None:
+            condemned |= {node} if key in asserted else set()
+            asserted.add(key)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node in condemned or shape_reader(node)):
+            inputs = node.all_input_nodes
+            graph.erase_node(node)
+            condemned.update(n for n in inputs if not n.users and _pure(n, view))
+
+
+def _pure(node: Node, view: View) -> bool:
+    if node.op == "get_attr" or node in view.constants or shape_reader(node):
+        return True
+    call = view.calls.get(node)
+    pure = call is not None and call.op in {*SEVERAL, "getitem"} and node not in view.effects.writes
+    return pure or node.target is operator.eq or is_number(node) or (is_aten(node) and schema.pure(node))
