@@ -46,8 +46,8 @@ class Planner:
     def run(self) -> Plan:
         """Rounds until every factor that moves is taken by all the layers that it moves to."""
         sites, _ = self._round(frozenset(), frozenset())
-        trees, fused = self.view.passage.trees.keys(), self.fused.keys()
-        divided = frozenset(f for f, d in self.view.passage.divisions.items() if not fused >= {*d.factors})
+        trees, fused = self.view.movable.trees.keys(), self.fused.keys()
+        divided = frozenset(f for f, d in self.view.movable.split.items() if not fused >= {*d.factors})
         shared = frozenset(trees - fused - divided)
         left = shared | divided
         while left:  # factors that every layer before or after them takes, or none
@@ -62,8 +62,8 @@ class Planner:
         chains, sites, left = find(self.view, shared, divided), list[Site](), set[Node]()
         self.refused, self.fused = [], {}
         self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
-        divisions = self.view.passage.divisions
-        roots = {n: first for first in shared for n in self.view.passage.trees[first]}
+        divisions = self.view.movable.split
+        roots = {n: first for first in shared for n in self.view.movable.trees[first]}
         absorbed = Counter[Node | None]()  # by the layers, each factor as often as it has moved
         for chain in chains:
             if refusal := chain_overwritten(self.view, chain):
@@ -79,5 +79,5 @@ class Planner:
                 sites += [Site(chain.source, best.segments)] if taken else []
                 self.fused |= taken
             left |= {roots[n] for n in stay & roots.keys()}
-        left |= {d for d in divided if min(absorbed[f] for f in divisions[d].factors) < len(divisions[d].portions)}
+        left |= {d for d in divided if min(absorbed[f] for f in divisions[d].factors) < len(divisions[d].shares)}
         return sites, frozenset(left)

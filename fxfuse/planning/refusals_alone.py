@@ -62,7 +62,7 @@ class Alone:
 
     @cached_property
     def _steps(self) -> dict[Node, Affine]:
-        return {**self.fusing.view.carries, **self.fusing.view.affine}
+        return {**self.fusing.view.movable.commuting, **self.fusing.view.affine}
 
     def _norm(self, node: Node, affine: Affine) -> Refusal:
         """What is the matter with what comes before a batch norm, or else with what comes after it."""

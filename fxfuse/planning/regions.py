@@ -89,17 +89,17 @@ def exit_of(parts: Iterable[Step | Join]) -> Node:
 def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[Node] = frozenset()) -> list[Chain]:
     """All maximal chains, in execution order of their last node.
 
-    Each layer after `shared` factors (roots of `Passage.trees`) has a copy of them in its own chain, and each
-    branch of the join before `divided` ones (of `Passage.divisions`) its portion.
+    Each layer after `shared` factors (roots of `Movable.trees`) has a copy of them in its own chain, and each
+    branch of the join before `divided` ones (of `Movable.split`) its portion.
     """
-    divisions = [view.passage.divisions[first] for first in divided]
+    divisions = [view.movable.split[first] for first in divided]
     gone = {factor: view.affine[d.factors[0]].inputs[0][0] for d in divisions for factor in d.factors}
     portions, ahead = dict[Node, list[Step]](), dict[Node, list[Step]]()
     for d in divisions:
-        for end, ops in d.portions.items():
+        for end, ops in d.shares.items():
             steps = [Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True)]
             (ahead if d.before else portions).setdefault(end, []).extend(steps)
-    copied = {n for root in shared for n in view.passage.trees[root]}
+    copied = {n for root in shared for n in view.movable.trees[root]}
     chains, swallowed = dict[Node, Chain](), set[Node]()
     for node, affine in view.affine.items():
         times = Counter(source for source, _ in affine.inputs)

@@ -15,16 +15,16 @@ from fxfuse.algebra.operator import Operator
 from fxfuse.cost import CostFunction
 from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
-from fxfuse.reading.movable.dynamic_conv import Dynamic, spread
+from fxfuse.reading.movable.dynamic_conv import Dynamic, repeated
 from fxfuse.reading.view import View
 
 
 def give_biases(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
     """Dynamic convolutions to be given a bias of zeros, mixed as their kernels are, for a shift to go to."""
-    for dynamic in view.unbiased:
+    for dynamic in view.movable.unbiased:
         mixing, op = dynamic.kernels, view.affine[dynamic.kernels].op
         following = view.affine[view.readers(dynamic.out)[0]].op
-        factor = spread(following, dynamic.channels, op.out_channels // dynamic.channels)
+        factor = repeated(following, dynamic.channels, dynamic.each)
         if view.calls[mixing].op == "mm" and isinstance(patterns.combine("chain", op, factor), Operator):
             yield Edit(frozenset((dynamic.conv, mixing)), partial(_give_bias, dynamic))
 

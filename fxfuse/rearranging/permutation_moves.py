@@ -19,15 +19,15 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import Ints
-from fxfuse.capture.captured import KNOWN
 from fxfuse.cost import CostFunction
 from fxfuse.graph_edits import Edit, Editor
 from fxfuse.ops.index_lists import index_of
 from fxfuse.ops.value_kinds import is_number
 from fxfuse.pattern import Selection
+from fxfuse.reading.movable.permutation import Permutation, permutation_of
 from fxfuse.reading.movable.shuffles import Shuffle
 from fxfuse.reading.view import View
-from fxfuse.rearranging.permutation_passing import Passed, Permutation, permutation_of
+from fxfuse.rearranging.permutation_passing import Passed
 from fxfuse.rearranging.permutation_routes import Route, Routes
 
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -36,7 +36,7 @@ _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def move_permutations(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
     """Permutations to be moved to a layer further on that takes them."""
     routes = Routes(view, patterns, price)
-    for permutation in permutations(view):
+    for permutation in filter(None, map(permutation_of, view.affine, view.affine.values())):
         route = routes.find(permutation)
         if isinstance(route, Route) and route.steps:
             ends = (permutation.source, *view.readers(permutation.last), *view.readers(route.steps[-1].node))
@@ -47,7 +47,7 @@ def move_permutations(view: View, patterns: Selection, price: CostFunction) -> I
 def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
     """Shuffles to be written as one operation, which a layer before or after them can take."""
     routes = Routes(view, patterns, price)
-    for shuffle in view.shuffles:
+    for shuffle in view.movable.shuffles:
         at = [view.effects.position[n] for n in shuffle.nodes]
         written = view.effects.written_between(shuffle.source, at[0], at[-1], shuffle.nodes)
         if written is None and isinstance(routes.find(shuffle.permutation), Route):
@@ -79,13 +79,6 @@ def _drop_unread(sizes: list[Node], editor: Editor) -> None:
     for node in sorted(near, reverse=True):
         if not node.users:
             editor.erase(node)
-
-
-def permutations(view: View) -> Iterator[Permutation]:
-    """All permutations that are one node."""
-    for node, affine in view.affine.items():
-        if (found := permutation_of(node, affine)) is not None:
-            yield found
 
 
 def _move(view: View, permutation: Permutation, route: Route, editor: Editor) -> None:
@@ -153,8 +146,7 @@ def _function(view: View, node: Node, rows: Ints, editor: Editor) -> Node:
         state = [row(n) for n in ("running_mean", "running_var", "weight", "bias")]
         new = editor.call(node, F.batch_norm, (source, *state, False, 0.0, args["eps"]), node, node)
     fact = view.facts[node].sure or view.facts[node]
-    if KNOWN not in new.meta and fact.rank is not None:
-        # A batch norm module settles the rank of what it reads, the function does not.
-        new.meta[KNOWN] = (tuple(fact.axes.get(a) for a in range(-fact.rank, 0)), None)
+    if fact.rank is not None:  # a batch norm module settles the rank of what it reads, the function does not
+        editor.sized(new, [fact.axes.get(a) for a in range(-fact.rank, 0)])
     editor.replace(node, new)
     return new

@@ -9,7 +9,6 @@ norm and a factor a channel are the case of one channel a group, where any P wil
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
@@ -17,39 +16,11 @@ from fxfuse.algebra.operator import Ints
 from fxfuse.names import place
 from fxfuse.ops import activations
 from fxfuse.ops.movement import pooled
-from fxfuse.reading.affine import Affine
+from fxfuse.reading.movable.permutation import Permutation
+from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 
-if TYPE_CHECKING:
-    from fxfuse.reading.view import View
-
 KINDS = ("conv", "scale", "pool", "pad", "identity")  # of what a permutation may pass
-
-
-@dataclass(frozen=True)
-class Permutation:
-    """The nodes of a permutation in order, what they read, and the channels they take.
-
-    `assumes` is the rank it takes for granted, `channels` the number of those it takes from, where it takes some or
-    some again. `plain` says that it is one operation on the channels already.
-    """
-
-    nodes: tuple[Node, ...]
-    source: Node
-    reads: Ints
-    spatial: int
-    assumes: int | None = None
-    channels: int | None = None
-    plain: bool = True
-
-    @property
-    def whole(self) -> bool:
-        """Whether it takes every channel once."""
-        return self.channels in (None, len(self.reads)) and len(set(self.reads)) == len(self.reads)
-
-    @property
-    def last(self) -> Node:
-        return self.nodes[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +33,6 @@ class Passed:
     node: Node
     reads: Ints
     rows: Ints | None = None
-
-
-def permutation_of(node: Node, affine: Affine | None) -> Permutation | None:
-    """The permutation that a node is, if it is one and moves anything."""
-    if affine is None or affine.kind != "unary" or affine.op.kind != "select" or affine.op.law != "select":
-        return None
-    op, reads = affine.op, affine.op.reads
-    if reads is None or op.spatial is None or sorted(reads) != list(range(op.in_channels)) or in_order(reads):
-        return None
-    return Permutation((node,), affine.inputs[0][0], reads, op.spatial, affine.assumes)
-
-
-def in_order(reads: Ints) -> bool:
-    return reads == tuple(range(len(reads)))
 
 
 def passed(node: Node, view: View, permutation: Permutation, reads: Ints, forward: bool) -> Passed | Refusal:

@@ -6,9 +6,10 @@ is, and so does one that would leave a batch norm or a factor to permute its num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import islice
 
 from torch.fx import Node
 
@@ -18,8 +19,11 @@ from fxfuse.algebra.operator import Operator, pointwise
 from fxfuse.cost import CostFunction
 from fxfuse.names import place
 from fxfuse.pattern import Selection
+from fxfuse.reading.affine import Affine
+from fxfuse.reading.movable.permutation import Permutation
+from fxfuse.reading.runs import after, before
 from fxfuse.reading.view import View
-from fxfuse.rearranging.permutation_passing import Passed, Permutation, passed
+from fxfuse.rearranging.permutation_passing import Passed, passed
 from fxfuse.refusal import Refusal
 
 FAR = 64  # nodes on a way that are looked at: bounds a search that grows with the square of their number
@@ -45,12 +49,10 @@ class Routes:
 
     def find(self, permutation: Permutation) -> Route | tuple[Refusal, Refusal]:
         """The shorter route, or what stands in the way before the permutation and after it."""
-        after, before = self._walk(permutation, True), self._walk(permutation, False)
-        found = [r for r in (after, before) if isinstance(r, Route)]
-        if found:
-            return min(found, key=lambda r: len(r.steps))
-        assert isinstance(after, Refusal) and isinstance(before, Refusal)
-        return before, after
+        ahead, behind = self._walk(permutation, True), self._walk(permutation, False)
+        if isinstance(ahead, Refusal) and isinstance(behind, Refusal):
+            return behind, ahead
+        return min((r for r in (ahead, behind) if isinstance(r, Route)), key=lambda r: len(r.steps))
 
     def _walk(self, permutation: Permutation, forward: bool) -> Route | Refusal:
         node, reader = (permutation.last if forward else permutation.source), permutation.nodes[0]
@@ -82,24 +84,20 @@ class Routes:
 
     def _taken(self, op: Operator, node: Node, reader: Node, permutation: Permutation, forward: bool) -> Refusal | None:
         """None where the next layer takes a permutation that stands after `node`, else why it does not, "" if none."""
-        for _ in range(FAR):
-            following = self.view.readers(node)
-            if len(following) != 1 or following[0] not in node.users or (not forward and following != [reader]):
-                return Refusal("")
-            here = following[0] if forward else node
-            step = self.view.affine.get(here)
-            if step is None or step.kind != "unary":
-                return Refusal("")
+        affine, readers = self.view.affine, self.view.readers
+        run = after(node, affine, readers) if forward else before(node, reader, affine, readers)
+        for here, step in islice(run, FAR):
             layer = step.op
+            if (here not in node.users) if forward else (reader not in here.users):
+                break  # it reads a piece of it
             if permutation.plain and here in self.view.sized and not (forward and layer.weighted):
                 return Refusal(f"the size of {place(here)} is asked for")
             both = self.patterns.combine("chain", *((op, layer) if forward else (layer, op)))
             if layer.weighted:
                 return self._pays(both, layer, here)
             if isinstance(both, Refusal) or layer.kind not in STRAIGHT:
-                return Refusal("")
-            op = both
-            node, reader = here if forward else self._input(here), here
+                break
+            op, node, reader = both, here, here
         return Refusal("")
 
     def _pays(self, both: Operator | Refusal, layer: Operator, node: Node) -> Refusal | None:
@@ -140,10 +138,11 @@ class Routes:
             return not isinstance(self.patterns.combine("alone", _computed(op), _computed(op)), Refusal)
         ordered = steps if forward else steps[::-1]
         middle = [a.op if (a := affine.get(s.node)) is not None else None for s in ordered]
-        before = list(self._behind(permutation)) if forward else []
-        after = [] if forward else list(self._ahead(permutation))
-        row = [*before, *middle, *after]
-        where = len(before) + (number if forward else len(steps) - 1 - number)
+        readers, start = self.view.readers, permutation.nodes[0]
+        first = _to_layer(before(permutation.source, start, affine, readers))[::-1] if forward else []
+        last = [] if forward else _to_layer(after(permutation.last, affine, readers))
+        row = [*first, *middle, *last]
+        where = len(first) + (number if forward else len(steps) - 1 - number)
         return any(self._absorbed(row, where, way) for way in (-1, 1))
 
     def _absorbed(self, row: Sequence[Operator | None], where: int, way: int) -> bool:
@@ -158,30 +157,15 @@ class Routes:
             whole, there = both, there + way
         return False
 
-    def _behind(self, permutation: Permutation) -> Sequence[Operator]:
-        """The operators before a permutation up to a layer, in order, each read by the next alone."""
-        found, node, reader = list[Operator](), permutation.source, permutation.nodes[0]
-        while (step := self.view.affine.get(node)) is not None and step.kind == "unary":
-            if self.view.readers(node) != [reader]:
-                break
-            found.insert(0, step.op)
-            if step.op.weighted:
-                break
-            node, reader = step.inputs[0][0], node
-        return found
 
-    def _ahead(self, permutation: Permutation) -> Sequence[Operator]:
-        """The operators after a permutation up to a layer."""
-        found, node = list[Operator](), permutation.last
-        while len(following := self.view.readers(node)) == 1:
-            node = following[0]
-            step = self.view.affine.get(node)
-            if step is None or step.kind != "unary":
-                break
-            found.append(step.op)
-            if step.op.weighted:
-                break
-        return found
+def _to_layer(run: Iterator[tuple[Node, Affine]]) -> list[Operator]:
+    """The operators of a run up to a layer."""
+    found = list[Operator]()
+    for _, step in run:
+        found.append(step.op)
+        if step.op.weighted:
+            break
+    return found
 
 
 def _computed(op: Operator) -> Operator:

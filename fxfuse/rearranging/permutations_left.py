@@ -9,9 +9,9 @@ from torch.fx import Node
 from fxfuse.cost import CostFunction
 from fxfuse.names import place
 from fxfuse.pattern import Selection
+from fxfuse.reading.movable.index_tensors import indexed
+from fxfuse.reading.movable.permutation import permutation_of
 from fxfuse.reading.view import View
-from fxfuse.rearranging.index_tensors import indexed
-from fxfuse.rearranging.permutation_passing import permutation_of
 from fxfuse.rearranging.permutation_routes import Route, Routes
 from fxfuse.refusal import Refusal
 
@@ -21,7 +21,7 @@ def permutations_left(view: View, patterns: Selection, price: CostFunction, fuse
     routes, notes = Routes(view, patterns, price), list[Refusal]()
     single = [permutation_of(n, a) for n, a in view.affine.items() if n not in fused]
     by_tensor = [i.permutation for i in indexed(view) if i.permutation.whole]
-    for permutation in (*filter(None, single), *by_tensor, *(s.permutation for s in view.shuffles)):
+    for permutation in (*filter(None, single), *by_tensor, *(s.permutation for s in view.movable.shuffles)):
         found, where = routes.find(permutation), place(permutation.last)
         if isinstance(found, Route):
             reason = "a permutation of channels stays: what it reads is written in place before a layer could take it"

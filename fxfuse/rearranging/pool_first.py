@@ -23,6 +23,7 @@ from fxfuse.cost import CostFunction
 from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
 from fxfuse.reading.affine import Affine
+from fxfuse.reading.runs import before
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 
@@ -39,28 +40,25 @@ def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]
     """Average pools to be moved before the pointwise convolutions they follow."""
     for pool, affine in view.affine.items():
         if affine.op.kind == "pool" and not affine.op.pads and math.prod(affine.op.stride) > 1:
-            nodes = _before(view, pool, affine.op)
+            nodes = _up_to_conv(view, pool, affine.op)
             if nodes and _allowed(view.affine[nodes[-1]], affine.op, patterns, price):
                 source = view.affine[nodes[-1]].inputs[0][0]
                 touched = frozenset((pool, *nodes, source, *pool.users))
                 yield Edit(touched, partial(_rewire, view, pool, nodes), _swapped(view, pool, nodes[-1]))
 
 
-def _before(view: View, pool: Node, op: Operator) -> list[Node]:
+def _up_to_conv(view: View, pool: Node, op: Operator) -> list[Node]:
     """The nodes before `pool` up to a convolution, last first, if nobody else reads any; else none."""
-    nodes, reader, source = list[Node](), pool, view.affine[pool].inputs[0][0]
-    while True:
-        affine = view.affine.get(source)
-        if affine is None or affine.kind != "unary" or affine.op.spatial not in (None, op.spatial):
-            return []
-        if view.readers(source) != [reader] or source in view.sized or source in view.effects.writes:
-            return []
-        nodes.append(source)
-        if affine.op.weighted:
+    nodes = list[Node]()
+    for node, step in before(view.affine[pool].inputs[0][0], pool, view.affine, view.readers):
+        if step.op.spatial not in (None, op.spatial) or node in view.sized or node in view.effects.writes:
+            break
+        nodes.append(node)
+        if step.op.weighted:
             return nodes
-        if affine.op.kind not in ("scale", "identity"):
-            return []
-        reader, source = source, affine.inputs[0][0]
+        if step.op.kind not in ("scale", "identity"):
+            break
+    return []
 
 
 def _allowed(layer: Affine, pool: Operator, patterns: Selection, price: CostFunction) -> bool:

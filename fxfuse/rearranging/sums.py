@@ -22,6 +22,7 @@ from fxfuse.algebra.operator import IDENTITY, Operator
 from fxfuse.cost import CostFunction
 from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
+from fxfuse.reading.runs import before
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 
@@ -101,15 +102,15 @@ def _groups(view: View, tree: _Tree, patterns: Selection, price: CostFunction) -
 
 def _branch(view: View, leaf: Node, patterns: Selection) -> tuple[Node, Operator]:
     """The tensor that a summand is computed of by one operator, and that operator."""
-    op, node = IDENTITY, leaf
-    while (step := view.affine.get(node)) is not None and step.kind == "unary" and len(view.readers(node)) == 1:
+    op, source = IDENTITY, leaf
+    for node, step in before(leaf, view.readers(leaf)[0], view.affine, view.readers):
         if node in view.sized or node in view.effects.writes:
             break
         both = step.op if op is IDENTITY else patterns.combine("chain", step.op, op)
         if isinstance(both, Refusal):
             break
-        op, node = both, step.inputs[0][0]
-    return node, op
+        op, source = both, step.inputs[0][0]
+    return source, op
 
 
 def _one(patterns: Selection, price: CostFunction, f: Operator, g: Operator) -> Operator | None:

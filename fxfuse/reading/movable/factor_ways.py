@@ -1,4 +1,4 @@
-"""Which carries lie between a factor and a layer that could absorb it, and which factors several layers share.
+"""The ways of a factor to a layer that could absorb it: what lies on them, and factors that several layers share.
 
 A factor moves up to the layer before it, where nobody else reads what lies between; or down to the layers after
 it, where every reader down there absorbs a copy (`k(norm(x)), v(norm(x))`). Both are one pass over the graph that
@@ -9,48 +9,43 @@ channels of a concatenation into each, its factor into each summand and its shif
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import takewhile
 
 from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.reading.affine import Affine
+from fxfuse.reading.nodes import Nodes
+from fxfuse.reading.runs import after
 
 ANY = 0  # in a set of axes: what is the same on every channel passes
 Axes = frozenset[int]
 
 
 @dataclass(frozen=True)
-class Division:
-    """Factors in a row after a join, and by the last node of each branch its portion of each of them.
+class SplitFactors:
+    """Factors in a row after a join, and by the last node of each branch its share of each of them.
 
     With `before`: factors before a join, and what the layer after it takes of them, to stand in front of that.
     """
 
     factors: tuple[Node, ...]
-    portions: dict[Node, tuple[Operator, ...]]
+    shares: dict[Node, tuple[Operator, ...]]
     before: bool = False
 
 
-@dataclass(frozen=True)
-class Passage:
-    """`carries` on some factor's way; `trees`: for a factor that several layers share, all nodes on its ways.
+def find_ways(
+    steps: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]
+) -> tuple[set[Node], dict[Node, frozenset[Node]]]:
+    """What commutes and lies on some factor's way; and for a factor that several layers share all nodes on its ways.
 
-    `divisions`: factors after a join by the first of them, and what of them goes to each branch.
+    `steps` are the nodes of one input, commuting ones among them, in execution order; `readers` read data.
     """
-
-    carries: frozenset[Node] = frozenset()
-    trees: dict[Node, frozenset[Node]] = field(default_factory=dict)
-    divisions: dict[Node, Division] = field(default_factory=dict)
-
-
-def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> Passage:
-    """`steps` are the nodes of one input, carries among them, in execution order; `readers` read data."""
     read = {n: readers(n) for n in steps}
     up, down = _upward(steps, read), {shift: _downward(steps, read, shift) for shift in (False, True)}
-    carries, trees, seen = set[Node](), dict[Node, frozenset[Node]](), set[Node]()
+    on_ways, trees, seen = set[Node](), dict[Node, frozenset[Node]](), set[Node]()
     for node, affine in steps.items():
         if affine.op.kind != "scale" or node in seen:
             continue
@@ -58,20 +53,26 @@ def find_passage(steps: Mapping[Node, Affine], readers: Callable[[Node], list[No
         if axis in up.get(source, ()) and read[source] == [node]:
             while source in steps and not steps[source].op.weighted and source not in seen:
                 seen.add(source)
-                carries |= {source} if steps[source].op.kind == "carry" else set()
+                on_ways.add(source)
                 source = steps[source].inputs[0][0]
             while len(read[node]) == 1 and (node := read[node][0]) in steps and steps[node].op.kind == "carry":
-                carries.add(node)  # it may undo what came before
+                on_ways.add(node)  # it may undo what came before
         elif axis in down[affine.op.bias][node]:
             tree = _tree(node, steps, read)
             seen |= tree
-            carries |= {n for n in tree if steps[n].op.kind == "carry"}
+            on_ways |= tree
             while source in steps and steps[source].op.kind == "carry" and len(read[source]) == 1:
-                carries.add(source)
+                on_ways.add(source)
                 source = steps[source].inputs[0][0]
             if any(len(read[n]) > 1 for n in tree):
                 trees[node] = tree
-    return Passage(frozenset(carries), trees)
+    return {n for n in on_ways if steps[n].op.kind == "carry"}, trees
+
+
+def factors_after(node: Node, nodes: Nodes) -> list[Node]:
+    """The factors after a node, each read by the next alone."""
+    run = takewhile(lambda s: s[1].op.kind == "scale", after(node, nodes.affine, nodes.readers))
+    return [factor for factor, _ in run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +85,24 @@ class _End:
     shift: bool
 
 
-def factors_after(node: Node, affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> list[Node]:
-    """The factors after a node, each read by the next alone."""
-    found = list[Node]()
-    while len(following := readers(node)) == 1 and (step := affine.get(following[0])) is not None:
-        if step.kind != "unary" or step.op.kind != "scale" or step.inputs[0][0] is not node:
-            break
-        node = following[0]
-        found.append(node)
-    return found
-
-
 @dataclass(frozen=True)
 class _Joins:
-    """Joins taken apart: `readers` are those of a node's data."""
+    """Joins taken apart."""
 
-    affine: Mapping[Node, Affine]
-    readers: Callable[[Node], list[Node]]
+    nodes: Nodes
 
     def ends(self, join: Node, spatial: int | None, start: int, shift: bool) -> list[_End]:
         """What meets in a join, joins in it opened where possible; nothing where a branch has another reader."""
-        affine, found = self.affine[join], list[_End]()
+        affine, found = self.nodes.affine[join], list[_End]()
         if affine.kind == "concat" and spatial not in (None, affine.spatial):
             return []
         widths = [self.widths.get(node) for node, _ in affine.inputs]
         if affine.kind == "sum" and len(set(widths)) > 1:
             return []  # one that broadcasts
         for (node, _), width in zip(affine.inputs, widths, strict=True):
-            if self.readers(node) != [join] or width is None:
+            if self.nodes.readers(node) != [join] or width is None:
                 return []
-            inner = self.affine.get(node)
+            inner = self.nodes.affine.get(node)
             opened = self.ends(node, spatial, start, shift) if inner is not None and inner.kind != "unary" else []
             found += opened or [_End(node, start, width, shift)]
             start, shift = (start + width, shift) if affine.kind == "concat" else (start, False)
@@ -123,7 +112,7 @@ class _Joins:
     def widths(self) -> dict[Node, int | None]:
         """Channels of what comes from layers: of one, of all that are summed, of those side by side together."""
         found = dict[Node, int | None]()
-        for node, step in self.affine.items():  # in execution order
+        for node, step in self.nodes.affine.items():  # in execution order
             parts = [found.get(source) for source, _ in step.inputs]
             known = [w for w in parts if w is not None]
             if step.kind == "unary":
@@ -136,29 +125,25 @@ class _Joins:
         return found
 
 
-def find_divisions(affine: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]) -> dict[Node, Division]:
+def after_joins(nodes: Nodes) -> dict[Node, SplitFactors]:
     """By the first of them: factors that alone read a join of branches that nobody else reads."""
-    found, joins = {}, _Joins(affine, readers)
-    for node, join in affine.items():
-        factors = factors_after(node, affine, readers) if join.kind != "unary" else []
-        spatial = next((s for f in factors if (s := affine[f].op.spatial) is not None), None)
+    found, joins = {}, _Joins(nodes)
+    for node, join in nodes.affine.items():
+        factors = factors_after(node, nodes) if join.kind != "unary" else []
+        ops = [nodes.affine[f].op for f in factors]
+        spatial = next((o.spatial for o in ops if o.spatial is not None), None)
         ends = joins.ends(node, spatial, 0, True) if factors else []
         whole = max((e.start + e.width for e in ends), default=0)
-        ops = [affine[f].op for f in factors]
         if ends and all(o.spatial is None or (o.spatial, o.out_channels) == (spatial, whole) for o in ops):
-            portions = {e.node: tuple(_portion(o, e) for o in ops) for e in ends}
-            found[factors[0]] = Division(tuple(factors), portions)
+            found[factors[0]] = SplitFactors(tuple(factors), {e.node: tuple(_share(o, e) for o in ops) for e in ends})
     return found
 
 
-def _portion(op: Operator, end: _End) -> Operator:
+def _share(op: Operator, end: _End) -> Operator:
     """A run of the channels of a factor, with or without its shift."""
     rows = None if op.spatial is None else (end.start, end.start + end.width)
-    fields: dict[str, Any] = {}
-    if rows is not None:
-        fields = {"in_channels": end.width, "out_channels": end.width, "groups": end.width}
-    consts = (("rows", rows),)
-    return replace(op, law="portion", operands=(op,), consts=consts, bias=op.bias and end.shift, **fields)
+    consts, bias = (("rows", rows),), op.bias and end.shift
+    return op.on_layout(op.spatial, end.width, law="portion", operands=(op,), consts=consts, bias=bias)
 
 
 def passes(op: Operator) -> bool:

@@ -7,7 +7,7 @@ which a neighbouring layer takes into its weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from fxfuse.algebra.operator import shuffled
 from fxfuse.facts.sizes import Dims, order_of
 from fxfuse.names import plain
 from fxfuse.ops.call import Call
-from fxfuse.rearranging.permutation_passing import Permutation
+from fxfuse.reading.movable.permutation import Permutation
+from fxfuse.reading.nodes import Nodes
 
 _OPENS, _CLOSES = ("reshape", "unflatten"), ("reshape", "flatten")
 
@@ -39,7 +40,7 @@ class Shuffle:
 
 
 def candidates(shapings: Mapping[Node, Call]) -> list[Node]:
-    """Transposes between two reshapes."""
+    """Transposes behind a reshape."""
     found = []
     for node, call in shapings.items():
         before = call.args.get("input") if call.op in ("transpose", "permute") else None
@@ -48,15 +49,16 @@ def candidates(shapings: Mapping[Node, Call]) -> list[Node]:
     return found
 
 
-def find_shuffles(turns: Iterable[Node], shapings: Mapping[Node, Call], dims: Dims) -> tuple[Shuffle, ...]:
-    """The shuffles among the `candidates` of a graph, those whose values between nobody else reads."""
-    found = [_read(node, shapings, dims) for node in turns]
-    return tuple(s for s in found if s is not None)
+def find_shuffles(nodes: Nodes) -> Iterator[Shuffle]:
+    """The shuffles of a graph, those whose values between nobody else reads."""
+    for node in candidates(nodes.shapings):
+        if (found := _read(node, nodes.shapings, nodes.dims)) is not None:
+            yield found
 
 
-def _read(turn: Node, shapings: Mapping[Node, Call], dims: Dims) -> Shuffle | None:
-    first = shapings[turn].args["input"]
-    nodes, last = [first, turn], turn
+def _read(transpose: Node, shapings: Mapping[Node, Call], dims: Dims) -> Shuffle | None:
+    first = shapings[transpose].args["input"]
+    nodes, last = [first, transpose], transpose
     while len(last.users) == 1 and len(first.users) == 1:
         last = next(iter(last.users))
         nodes.append(last)
@@ -78,6 +80,6 @@ def _read(turn: Node, shapings: Mapping[Node, Call], dims: Dims) -> Shuffle | No
     whole = closed == x and opened[0] == x[0] and opened[3:] == x[2:] and groups * inner == x[1]
     if not whole or x[1].unknowns or groups.factor < 2 or inner.factor < 2:
         return None
-    if order_of(shapings[turn], len(opened)) != swap:
+    if order_of(shapings[transpose], len(opened)) != swap:
         return None
     return Shuffle(source, tuple(nodes), groups.factor, x[1].factor, len(x) - 2)
