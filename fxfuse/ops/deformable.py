@@ -27,8 +27,9 @@ _OPERATOR = (
 
 def is_deformable(module: nn.Module) -> bool:
     """Whether a module is torchvision's layer, and no subclass of it, with the forward that torchvision gave it."""
-    parts = (type(module), type(module).forward)
-    return [(p.__module__, p.__qualname__) for p in parts] == [(_HOME, "DeformConv2d"), (_HOME, "DeformConv2d.forward")]
+    cls = type(module)
+    named = (cls.__module__, cls.__qualname__) == (_HOME, "DeformConv2d")
+    return named and (cls.forward.__module__, cls.forward.__qualname__) == (_HOME, "DeformConv2d.forward")
 
 
 def read(node: Node) -> Call | None:

@@ -112,9 +112,9 @@ def test_a_compiled_module_is_not_what_its_class_says() -> None:
 
 
 def test_what_nobody_calls_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).double()
     monkeypatch.setattr(nn.Conv2d, "reset_parameters", lambda self: None)
     monkeypatch.setattr(nn.ReLU, "extra_repr", lambda self: "here")
-    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).double()
     agrees(model, fires=True)
     assert runs(model[2]) is nn.ReLU
 
