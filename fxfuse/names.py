@@ -21,6 +21,14 @@ def plain(target: Any) -> str:
     return str(getattr(target, "__name__", ""))
 
 
+def torch_name(node: Node) -> str:
+    """The plain name of what a node calls; "" for a module, and for a function that is not PyTorch's or Python's."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    home = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return plain(node.target) if home in ("torch", "_operator", "builtins", "math") else ""
+
+
 def operator_name(target: OpOverload) -> str:
     """`aten::add.Tensor`: the name that `operator_named` takes."""
     return str(target.name())  # type: ignore[no-untyped-call]

@@ -17,13 +17,11 @@ from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.facts.fact import known_dtype
 from fxfuse.names import is_aten, plain
 from fxfuse.ops.call import SEVERAL, Call
+from fxfuse.ops.elementwise import CASTS, named
 from fxfuse.ops.modules import runs
-from fxfuse.ops.spellings import ELEMENTWISE_METHODS, elementwise
 
-_CASTS = {"float": torch.float32, "half": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
 _SAME = {"batch_norm", "avg_pool", "pad", "dropout", "identity", "neg", "flip", "narrow", "index_select"}
 _SAME |= {"channel_shuffle", "flatten"}
-_KEPT_METHODS = ELEMENTWISE_METHODS - {*_CASTS, "type_as"}
 _MOVES = set("flatten unflatten reshape like transpose permute unsqueeze squeeze expand expand_like repeat".split())
 _MOVES |= {"select"}
 _AVERAGES = {"average", "reduce", "adaptive_avg_pool", "interpolate", "same", "layer_norm"}
@@ -110,11 +108,11 @@ def _relate_other(node: Node, found: dict[Node, torch.dtype], modules: Mapping[s
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return
-    if node.op == "call_method" and str(node.target) in _CASTS:
-        found[node] = _CASTS[str(node.target)]
+    if node.op == "call_method" and str(node.target) in CASTS:
+        found[node] = CASTS[str(node.target)]
         return
-    keeps = (node.op == "call_method" or is_aten(node)) and plain(node.target) in _KEPT_METHODS
-    keeps |= node.op == "call_function" and elementwise(node)
+    method = plain(node.target) if node.op == "call_method" or is_aten(node) else ""
+    keeps = bool(named(node)) or method in ("contiguous", "clone", "detach")
     if node.op == "call_module":
         keeps = getattr(runs(modules[str(node.target)]), "__module__", "") in _LAYER_MODULES
     dtype = found.get(source)

@@ -19,8 +19,9 @@ from fxfuse.facts.dtypes import find_dtypes
 from fxfuse.facts.fact import Fact, fact_of, known, of_shape, same_rank, same_shape
 from fxfuse.names import plain
 from fxfuse.ops.call import Call
+from fxfuse.ops.elementwise import elementwise
 from fxfuse.ops.index_lists import pick
-from fxfuse.ops.movement import elementwise, pooled
+from fxfuse.ops.movement import pooled
 from fxfuse.ops.questions import rank_check
 from fxfuse.ops.value_kinds import is_number
 

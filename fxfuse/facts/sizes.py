@@ -17,8 +17,9 @@ from torch.fx import Graph, Node
 from fxfuse.facts.fact import Fact
 from fxfuse.names import plain
 from fxfuse.ops.call import Call
+from fxfuse.ops.elementwise import elementwise
 from fxfuse.ops.index_lists import pick
-from fxfuse.ops.movement import elementwise, ints_of, pooled
+from fxfuse.ops.movement import ints_of, pooled
 from fxfuse.ops.questions import SIZE, asks
 
 

@@ -12,29 +12,26 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxfuse.names import plain
+from fxfuse.names import plain, torch_name
 from fxfuse.ops import schema
 from fxfuse.ops.call import Call
+from fxfuse.ops.elementwise import MODULES, named
 from fxfuse.ops.modules import layer_type, runs
+from fxfuse.ops.movement import POOL_MODULES, POOLS, read_shaping
+from fxfuse.ops.value_kinds import is_number
 
 _NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
 _INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
 _INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
 _INPLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
-_FRESH_CALLS = {"conv", "conv_transpose", "linear", "batch_norm", "avg_pool", "add", "sub", "mul", "div", "neg"}
-_FRESH_CALLS |= {"cat", "pad", "flip", "index_select", "mm", "deform"}
-_FRESH_NAMES = set(
-    "relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid softmax log_softmax leaky_relu elu mish "
-    "softplus matmul bmm mm max_pool1d max_pool2d max_pool3d adaptive_avg_pool2d adaptive_max_pool2d layer_norm "
-    "group_norm mean sum amax amin exp sqrt rsqrt pow abs clone clamp interpolate stack max min eq ne lt gt "
-    "scaled_dot_product_attention float_power round floor ceil size dim getattr _assert".split()
+# What gives a tensor of its own beside `ELEMENTWISE` functions and pools: canonical operations, and other names.
+_FRESH_CALLS = set(
+    "conv conv_transpose linear batch_norm avg_pool add sub mul div neg cat pad flip index_select mm deform matmul bmm "
+    "attention where stack embedding same layer_norm interpolate average reduce adaptive_avg_pool".split()
 )
-_FRESH_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softmax,
-    nn.LeakyReLU, nn.ELU, nn.Mish, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LayerNorm, nn.GroupNorm,
-    nn.AdaptiveAvgPool2d, nn.Embedding, nn.Upsample,
-)  # fmt: skip
+_FRESH_NAMES = set("clone repeat pow float_power max min eq ne lt gt std var rsub softmin glu size dim _assert".split())
+_FACTS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
 
 
 def storage(tensor: Tensor) -> int:
@@ -123,11 +120,12 @@ def fresh(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> bo
     """Whether the result certainly shares no memory with any argument."""
     if node.op in ("placeholder", "get_attr", "output"):
         return True
-    if call is not None and call.op in _FRESH_CALLS:
+    call = read_shaping(node, modules) if call is None else call
+    if (call is not None and call.op in _FRESH_CALLS) or named(node):
         return True
     if node.op == "call_module":
-        return runs(modules[str(node.target)]) in _FRESH_MODULES
-    name = plain(node.target)
-    if name == "getattr":
-        return len(node.args) > 1 and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
-    return name in _FRESH_NAMES
+        return runs(modules[str(node.target)]) in {*MODULES, *POOL_MODULES}
+    if node.target is getattr:
+        return node.args[1] in _FACTS
+    own = node.target not in (max, min) or is_number(node)  # Python's own give one of their arguments
+    return own and torch_name(node) in {*POOLS, *_FRESH_NAMES}

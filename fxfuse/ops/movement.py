@@ -12,68 +12,75 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch._ops import OpOverload
+from torch import Tensor, nn
 from torch.fx import Node
 
 from fxfuse.names import is_aten, plain
-from fxfuse.ops.call import Call
+from fxfuse.ops.call import Call, Signature, signature
 from fxfuse.ops.modules import runs
-from fxfuse.ops.schema import bound
-from fxfuse.ops.spellings import ELEMENTWISE_MODULES
-from fxfuse.ops.spellings import elementwise as elementwise_call
+from fxfuse.ops.schema import bound, several_results
 
 RESHAPES = {"reshape", "like", "flatten", "unflatten", "squeeze", "unsqueeze"}  # the same values in another shape
-# name: (canonical operation, names of its arguments, defaults)
-_TABLE: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "flatten": ("flatten", "input start_dim end_dim", {"start_dim": 0, "end_dim": -1}),
-    "ravel": ("flatten", "input", {"start_dim": 0, "end_dim": -1}),
-    "unflatten": ("unflatten", "input dim sizes", {}),
-    "reshape_as": ("like", "input other", {}),
-    "view_as": ("like", "input other", {}),
-    "expand_as": ("expand_like", "input other", {}),
-    "transpose": ("transpose", "input dim0 dim1", {}),
-    "swapaxes": ("transpose", "input dim0 dim1", {}),
-    "swapdims": ("transpose", "input dim0 dim1", {}),
-    "unsqueeze": ("unsqueeze", "input dim", {}),
-    "squeeze": ("squeeze", "input dim", {"dim": None}),
-    "softmax": ("same", "input dim dtype", {"dtype": None}),
-    "log_softmax": ("same", "input dim dtype", {"dtype": None}),
-    "cumsum": ("same", "input dim dtype", {"dtype": None}),
-    "roll": ("same", "input shifts dims", {"dims": None}),
-    "normalize": ("same", "input p dim eps", {"p": 2.0, "dim": 1, "eps": 1e-12}),
-    "layer_norm": (
-        "layer_norm", "input normalized_shape weight bias eps", {"weight": None, "bias": None, "eps": 1e-5}
-    ),
-    "group_norm": ("same", "input num_groups weight bias eps", {"weight": None, "bias": None, "eps": 1e-5}),
-    "interpolate": (
+_SIGNATURES: dict[str, Signature] = {
+    "flatten": signature("flatten", "input start_dim end_dim", start_dim=0, end_dim=-1),
+    "ravel": signature("flatten", "input start_dim end_dim", start_dim=0, end_dim=-1),
+    "unflatten": signature("unflatten", "input dim sizes"),
+    "reshape_as": signature("like", "input other"),
+    "view_as": signature("like", "input other"),
+    "expand_as": signature("expand_like", "input other"),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), signature("transpose", "input dim0 dim1")),
+    "unsqueeze": signature("unsqueeze", "input dim"),
+    "squeeze": signature("squeeze", "input dim", dim=None),
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), signature("same", "input dim dtype", dtype=None)),
+    "roll": signature("same", "input shifts dims", dims=None),
+    "normalize": signature("same", "input p dim eps", p=2.0, dim=1, eps=1e-12),
+    "layer_norm": signature("layer_norm", "input normalized_shape weight bias eps", weight=None, bias=None, eps=1e-5),
+    "group_norm": signature("same", "input num_groups weight bias eps", weight=None, bias=None, eps=1e-5),
+    "interpolate": signature(
         "interpolate", "input size scale_factor mode align_corners recompute_scale_factor antialias",
-        {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None,
-         "recompute_scale_factor": None, "antialias": False},
+        size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False,
     ),
-    "matmul": ("matmul", "input other", {}),
-    "bmm": ("bmm", "input other", {}),
-    "where": ("where", "condition input other", {}),
-    "stack": ("stack", "tensors dim", {"dim": 0}),
-    "unbind": ("unbind", "input dim", {"dim": 0}),
-    "select": ("select", "input dim index", {}),
-    "scaled_dot_product_attention": (
+    "matmul": signature("matmul", "input other"),
+    "bmm": signature("bmm", "input other"),
+    "where": signature("where", "condition input other"),
+    "stack": signature("stack", "tensors dim", dim=0),
+    "unbind": signature("unbind", "input dim", dim=0),
+    "select": signature("select", "input dim index"),
+    "scaled_dot_product_attention": signature(
         "attention", "input key value attn_mask dropout_p is_causal scale enable_gqa",
-        {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False},
+        attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
     ),
-    "embedding": ("embedding", "index weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
-                  {"padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False,
-                   "sparse": False}),
+    "embedding": signature(
+        "embedding", "index weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
+        padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False,
+    ),
+    "mean": signature("average", "input dim keepdim dtype", dim=None, keepdim=False, dtype=None),
 }  # fmt: skip
-for _name in ("mean", "sum", "nanmean", "nansum"):
-    _reduced = "average" if _name == "mean" else "reduce"
-    _TABLE[_name] = (_reduced, "input dim keepdim dtype", {"dim": None, "keepdim": False, "dtype": None})
-for _name in ("amax", "amin", "logsumexp", "argmax", "argmin", "all", "any"):
-    _TABLE[_name] = ("reduce", "input dim keepdim", {"dim": None, "keepdim": False})
-_TABLE |= {f"adaptive_avg_pool{d}d": ("adaptive_avg_pool", "input output_size", {}) for d in (1, 2, 3)}
+_reduce = signature("reduce", "input dim keepdim dtype", dim=None, keepdim=False, dtype=None)
+_SIGNATURES |= dict.fromkeys(("sum", "nanmean", "nansum"), _reduce)
+_reduce = signature("reduce", "input dim keepdim", dim=None, keepdim=False)
+_SIGNATURES |= dict.fromkeys(("amax", "amin", "logsumexp", "argmax", "argmin", "all", "any"), _reduce)
+POOLS: dict[str, Signature] = {}  # of windows, by the maximum or a norm
+POOL_MODULES: dict[Any, int] = {}
+for _d in (1, 2, 3):
+    _SIGNATURES[f"adaptive_avg_pool{_d}d"] = signature("adaptive_avg_pool", "input output_size", _d)
+    POOLS[f"max_pool{_d}d"] = signature(
+        "max_pool", "input kernel_size stride padding dilation ceil_mode return_indices", _d,
+        stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
+    )  # fmt: skip
+    POOLS[f"adaptive_max_pool{_d}d"] = signature(
+        "max_pool", "input output_size return_indices", _d, return_indices=False
+    )
+    POOLS[f"lp_pool{_d}d"] = signature(
+        "max_pool", "input norm_type kernel_size stride ceil_mode", _d, stride=None, ceil_mode=False
+    )
+    POOL_MODULES |= {getattr(nn, f"{kind}{_d}d"): _d for kind in ("MaxPool", "AdaptiveMaxPool")}
 _VARIADIC = {"view": "reshape", "reshape": "reshape", "permute": "permute", "expand": "expand", "repeat": "repeat"}
 _SPACES = (torch, F, operator)
-_FUNCTIONS = {getattr(space, n): n for n in (*_TABLE, "reshape", "permute") for space in _SPACES if hasattr(space, n)}
+_NAMED = (*_SIGNATURES, "reshape", "permute")
+_FUNCTIONS = {getattr(space, n): n for n in _NAMED for space in _SPACES if hasattr(space, n)}
+_POOL_FUNCTIONS = {getattr(F, n): n for n in POOLS}
+_POOL_FUNCTIONS |= {getattr(torch, n): n for n in ("max_pool1d", "max_pool2d", "max_pool3d")}  # which give no indices
 # ATen operators that a table of names cannot tell, and what each canonical operation needs to be given
 _ATEN = {"view": "reshape", "reshape": "reshape", "unsafe_view": "reshape", "permute": "permute"}
 _ATEN |= {f"upsample_{kind}": "interpolate" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d")}
@@ -83,13 +90,7 @@ _MOVES: dict[str, tuple[str, ...]] = {
     "transpose": ("dim0", "dim1"), "unsqueeze": ("dim",), "squeeze": ("dim",), "average": ("dim", "keepdim", "dtype"),
     "adaptive_avg_pool": ("output_size",), "like": ("other",),
 }  # fmt: skip
-_CASTS = {"to", "long", "int", "bool", "bfloat16", "cpu", "cuda"}
-_NOT_METHODS = {"interpolate", "layer_norm", "group_norm", "normalize", "stack", "where", "embedding"}
-_NOT_METHODS |= {"scaled_dot_product_attention", *(f"adaptive_avg_pool{d}d" for d in (1, 2, 3))}
-_POOL_NAMES = {f"{kind}{d}d": d for d in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool", "lp_pool")}
-_POOL_MODULES: dict[Any, int] = {
-    getattr(nn, f"{kind}{d}d"): d for d in (1, 2, 3) for kind in ("MaxPool", "AdaptiveMaxPool")
-}
+_CASTS = {"to", "long", "int", "bool", "cpu", "cuda"}
 _SAME = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -99,25 +100,13 @@ def read_shaping(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
         return _module(node, modules[str(node.target)])
     if is_aten(node):
         return _aten(node)
-    if node.op == "call_function":
-        name = _FUNCTIONS.get(node.target, "")
-    elif node.op == "call_method" and node.target not in _NOT_METHODS:
-        name = str(node.target)
-    else:
-        return None
+    method = str(node.target) if node.op == "call_method" and node.target != "where" else ""
+    name = _FUNCTIONS.get(node.target, "") if node.op == "call_function" else method if hasattr(Tensor, method) else ""
     if name in _CASTS and node.args:
         return Call("cast", {"input": node.args[0]})
     if name in _VARIADIC:
         return _variadic(node, _VARIADIC[name])
-    if name not in _TABLE:
-        return None
-    op, text, defaults = _TABLE[name]
-    names = text.split()
-    kwargs = {k: v for k, v in node.kwargs.items() if k in names or (v is not None and k != "_stacklevel")}
-    if len(node.args) > len(names) or any(k not in names for k in kwargs):
-        return None
-    given = defaults | dict(zip(names, node.args, strict=False)) | kwargs
-    return Call(op, given, _spatial(name)) if all(n in given for n in names) else None
+    return _SIGNATURES[name].bind(node.args, node.kwargs) if name in _SIGNATURES else None
 
 
 def _aten(node: Node) -> Call | None:
@@ -127,16 +116,13 @@ def _aten(node: Node) -> Call | None:
         return None
     args = {_ATEN_ARGUMENTS.get(k, k): v for k, v in values.items()}
     args |= {"sizes": args["dims"]} if name == "permute" else {}
-    op = _ATEN.get(name, _TABLE[name][0] if name in _TABLE else "")
+    known = _SIGNATURES.get(name)
+    op = _ATEN.get(name, "" if known is None else known.op)
     if op == "interpolate":
         return Call(op, {"input": args["input"]})
     if op not in _MOVES or not {*_MOVES[op], "input"} <= args.keys():
         return None
-    return Call(op, {n: args[n] for n in ("input", *_MOVES[op])}, _spatial(name))
-
-
-def _spatial(name: str) -> int | None:
-    return int(name[-2]) if name.startswith("adaptive") else None
+    return Call(op, {n: args[n] for n in ("input", *_MOVES[op])}, None if known is None else known.spatial)
 
 
 def _variadic(node: Node, op: str) -> Call | None:
@@ -171,26 +157,17 @@ def _module(node: Node, m: nn.Module) -> Call | None:
     return Call("same", args) if isinstance(m, _SAME) else None
 
 
-def elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node acts on each element of its first argument alone, so that the shape stays."""
-    if not node.args or not isinstance(node.args[0], Node):
-        return False
-    if node.op == "call_module":
-        return runs(modules[str(node.target)]) in ELEMENTWISE_MODULES
-    if node.op == "call_method" and node.target == "type_as":
-        return True
-    return elementwise_call(node) and node.all_input_nodes == [node.args[0]]
-
-
 def pooled(node: Node, modules: Mapping[str, nn.Module]) -> int | None:
     """Over how many dims a node takes maxima or norms of windows, if it is such a pool and gives no indices."""
-    if not node.args:
-        return None
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return None if getattr(module, "return_indices", False) else _POOL_MODULES.get(runs(module))
-    several = isinstance(node.target, OpOverload) and len(node.target._schema.returns) > 1
-    return _POOL_NAMES.get(plain(node.target)) if node.op == "call_function" and not several else None
+        return None if getattr(module, "return_indices", False) else POOL_MODULES.get(runs(module))
+    if is_aten(node):
+        pool = POOLS.get(plain(node.target))
+        return None if pool is None or several_results(node) else pool.spatial
+    name = _POOL_FUNCTIONS.get(node.target, "") if node.op == "call_function" else ""
+    call = POOLS[name].bind(node.args, node.kwargs) if name else None
+    return None if call is None or call.args.get("return_indices", False) is not False else call.spatial
 
 
 def ints_of(value: Any) -> tuple[int, ...] | None:

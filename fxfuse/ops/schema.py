@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxfuse.names import operator_name, plain
+from fxfuse.ops.elementwise import ELEMENTWISE
 
 # Without a kernel of its own (CompositeImplicitAutograd) an operator may return an argument and not say so
 # (`dropout`, `type_as`); these never do. Of those with kernels, only these may.
@@ -61,7 +62,12 @@ def shared(node: Node) -> list[Node]:
 
 
 def _fresh(name: str) -> bool:
-    return name in _FRESH or name.startswith("upsample_")
+    return name in _FRESH or name in ELEMENTWISE or name == "log_sigmoid" or name.startswith("upsample_")
+
+
+def several_results(node: Node) -> bool:
+    assert isinstance(node.target, OpOverload)
+    return len(node.target._schema.returns) > 1
 
 
 def pure(node: Node) -> bool:

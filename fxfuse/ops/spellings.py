@@ -8,7 +8,6 @@ What a module call does beyond its forward (hooks, another forward) makes it no 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,33 +17,12 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr
 from fxfuse.framed import FRAMED
-from fxfuse.names import is_aten, plain
+from fxfuse.names import is_aten
 from fxfuse.ops import aten, deformable
-from fxfuse.ops.call import Call
+from fxfuse.ops.call import Call, Signature
+from fxfuse.ops.call import signature as _sig
 from fxfuse.ops.modules import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, changed, layer_type
 from fxfuse.refusal import Refusal
-
-
-@dataclass(frozen=True, slots=True)
-class _Signature:
-    op: str
-    names: tuple[str, ...]
-    defaults: dict[str, Any] = field(default_factory=dict)
-    spatial: int | None = None
-    inplace: bool = False
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        if len(args) > len(self.names) or any(k not in self.names for k in kwargs):
-            return None
-        bound = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
-        if any(n not in bound for n in self.names):
-            return None
-        return Call(self.op, bound, self.spatial, inplace=self.inplace)
-
-
-def _sig(op: str, text: str, spatial: int | None = None, inplace: bool = False, **defaults: Any) -> _Signature:
-    return _Signature(op, tuple(text.split()), defaults, spatial, inplace)
-
 
 _CONV = "input weight bias stride padding dilation groups"
 _CONV_T = "input weight bias stride padding output_padding groups dilation"
@@ -52,7 +30,7 @@ _conv: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1,
 _POOL = "input kernel_size stride padding ceil_mode count_include_pad"
 _pool: dict[str, Any] = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
 
-FUNCTIONS: dict[Any, _Signature] = {
+FUNCTIONS: dict[Any, Signature] = {
     F.batch_norm: _sig(
         "batch_norm",
         "input running_mean running_var weight bias training momentum eps",
@@ -91,7 +69,7 @@ FUNCTIONS[torch.batch_norm] = _sig(
     "batch_norm", "input weight bias running_mean running_var training momentum eps cudnn_enabled"
 )
 
-METHODS: dict[str, _Signature] = {
+METHODS: dict[str, Signature] = {
     n: FUNCTIONS[getattr(torch, n)]
     for n in ("chunk", "split", "narrow", "flip", "index_select", "neg", "negative", "flatten", "mm", "matmul")
 }
@@ -105,33 +83,6 @@ for _long, _short in (("multiply", "mul"), ("subtract", "sub"), ("divide", "div"
     FUNCTIONS[getattr(torch, _long)] = METHODS[_long] = METHODS[_short]
     METHODS[_long + "_"] = METHODS[_short + "_"]
 
-# Functions and modules that act on each element alone: they keep shape and layout.
-_ACTIVATIONS = (
-    "relu relu6 elu selu celu leaky_relu prelu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid "
-    "softplus softsign tanhshrink logsigmoid softshrink hardshrink threshold rrelu"
-).split()
-ELEMENTWISE_FUNCTIONS = {
-    getattr(space, n)
-    for space in (F, torch)
-    for n in (*_ACTIVATIONS, *(a + "_" for a in _ACTIVATIONS), "exp", "sqrt", "clamp", "abs", "square", "tanh")
-    if hasattr(space, n)
-}
-ELEMENTWISE_METHODS = {
-    *_ACTIVATIONS, *(a + "_" for a in _ACTIVATIONS), "exp", "sqrt", "clamp", "clamp_", "abs",
-    "square", "contiguous", "clone", "float", "half", "double", "type_as", "detach",
-}  # fmt: skip
-ELEMENTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
-    nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign,
-)  # fmt: skip
-
-
-def elementwise(node: Node) -> bool:
-    """Whether a node calls a function, an ATen operator or a method that acts on each element alone."""
-    if is_aten(node) or node.op == "call_method":
-        return plain(node.target) in ELEMENTWISE_METHODS
-    return node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS
-
 
 def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
     """The canonical call behind `node`, or None for what fxfuse has no name for.
@@ -144,10 +95,10 @@ def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
         if node.target is operator.getitem and (output := aten.read_output(node, modules)) is not None:
             return output
         signature = FUNCTIONS.get(node.target)
-        return signature.bind(node.args, dict(node.kwargs)) if signature else deformable.read(node)
+        return signature.bind(node.args, node.kwargs) if signature else deformable.read(node)
     if node.op == "call_method":
         method = METHODS.get(str(node.target))
-        return method.bind(node.args, dict(node.kwargs)) if method else None
+        return method.bind(node.args, node.kwargs) if method else None
     if node.op == "call_module":
         return _module_call(node, modules[str(node.target)], str(node.target), attr)
     return None

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.fx import Node, Proxy
 
-from fxfuse.names import plain
+from fxfuse.names import torch_name
+from fxfuse.ops.elementwise import named
 from fxfuse.ops.modules import runs
 
 _ASKS_SIZE = {"size", "dim", "ndimension", "numel", "stride", "item", "nelement", "__len__"}
@@ -21,10 +22,10 @@ _ASKS_ONE = _ASKS_SIZE - {"stride", "item"}
 _IS_SIZE = {"shape", "ndim", "nbytes", "itemsize"}
 _SPLITS = {"chunk", "split", "unbind", "tensor_split"}
 _TENSOR_NAMES = set(
-    "conv1d conv2d conv3d conv_transpose2d linear batch_norm layer_norm group_norm relu gelu silu sigmoid tanh softmax "
-    "hardswish hardsigmoid leaky_relu matmul bmm cat stack interpolate pad avg_pool2d adaptive_avg_pool2d dropout "
-    "flatten view reshape permute transpose contiguous squeeze unsqueeze mean sum clone detach float half double "
-    "relu_ add_ mul_ sub_ div_ expand repeat scaled_dot_product_attention".split()
+    "conv1d conv2d conv3d conv_transpose2d linear batch_norm layer_norm group_norm softmax matmul bmm cat stack "
+    "interpolate pad avg_pool2d adaptive_avg_pool2d dropout flatten view reshape permute transpose contiguous squeeze "
+    "unsqueeze mean sum clone detach float half double add_ mul_ sub_ div_ expand repeat "
+    "scaled_dot_product_attention".split()
 )
 _LAYERS = "conv batchnorm linear normalization instancenorm padding dropout upsampling pixelshuffle flatten".split()
 _TENSOR_MODULES = tuple(f"torch.nn.modules.{name}" for name in _LAYERS)
@@ -72,7 +73,7 @@ def settled(
 
 def _numbers_in(node: Node) -> bool | list[Node]:
     """Whether a node gives a number, or the nodes that decide it: it does if all of them do."""
-    name = plain(node.target)
+    name = torch_name(node)
     if node.op == "call_method":
         return name in _ASKS_SIZE | _SPLITS
     if node.op != "call_function":
@@ -83,7 +84,7 @@ def _numbers_in(node: Node) -> bool | list[Node]:
         return True
     if node.target is operator.getitem:
         source = node.args[0]
-        pieces = isinstance(source, Node) and plain(source.target) in _SPLITS
+        pieces = isinstance(source, Node) and torch_name(source) in _SPLITS
         return [source] if isinstance(source, Node) and not pieces else not pieces and is_number(source)
     if getattr(node.target, "__module__", "") not in ("_operator", "math", "builtins"):
         return False
@@ -105,8 +106,7 @@ def _tensors_in(node: Node, root: nn.Module) -> bool | list[Node]:
         return place in _TENSOR_MODULES
     if node.target in _ARITHMETIC:
         return node.all_input_nodes
-    name = plain(node.target)
-    return node.op in ("call_function", "call_method") and name in _TENSOR_NAMES
+    return bool(named(node)) or torch_name(node) in _TENSOR_NAMES
 
 
 def number_type(node: Node) -> type | None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from fxfuse.names import is_aten, plain
+from fxfuse.names import is_aten, plain, torch_name
 from fxfuse.ops import schema
 from fxfuse.ops.memory import fresh
 from fxfuse.ops.modules import runs
@@ -34,7 +34,6 @@ _VIEWS = set(
     "mT mH dropout dropout1d dropout2d dropout3d contiguous detach t".split()
 )
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_MORE_FRESH = set("where stack normalize repeat logsumexp argmax var std cos sin log rsub neg softmin glu".split())
 _STRIDES = {"sym_stride", "sym_storage_offset"}
 
 
@@ -80,11 +79,10 @@ def _fresh(user: Node, view: View) -> bool:
         return False
     if is_aten(user):
         return schema.pure(user) and not schema.shared(user) and plain(user.target) not in _NOT_FRESH
-    call = view.calls.get(user)
-    return fresh(user, call, view.captured.modules) or (user.op != "call_module" and plain(user.target) in _MORE_FRESH)
+    return fresh(user, view.calls.get(user), view.captured.modules)
 
 
 def _is_view(user: Node, view: View) -> bool:
     if user.op == "call_module":
         return runs(view.captured.modules[str(user.target)]) in _VIEW_MODULES
-    return plain(user.target) in _VIEWS
+    return torch_name(user) in _VIEWS
