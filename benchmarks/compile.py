@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import fxfuse
 from fxfuse.compiling.weight_sets import WeightSet
+from fxfuse.reporting.timing import ratio_of
 
 from .compile_forms import HAND, MODELS, hand_written, train_form
 
@@ -96,12 +97,6 @@ def times(made: dict[str, Form], x: torch.Tensor, rounds: int, name: str) -> dic
     return found
 
 
-def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles of a / b, round by round."""
-    low, middle, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4, method="inclusive")
-    return middle, low, high
-
-
 def weight_reorders(name: str, form: str, threads: int) -> int:
     """Reorders of weights that oneDNN reports for one call of a compiled form, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.compile", name, "--call-once", form, f"--threads={threads}"]
@@ -142,7 +137,7 @@ def verdicts(name: str, made: dict[str, list[float]]) -> tuple[list[str], list[s
         if base not in made:
             text.append("")
             continue
-        middle, low, high = ratio(made["fxfuse"], made[base])
+        low, middle, high = ratio_of(made[base], made["fxfuse"])
         text.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
         wrong += [f"> {bound} of {base}"] if bound is not None and middle > bound else []
     return text, wrong

@@ -44,6 +44,7 @@ import fxfuse
 from examples.blocks import dbb_resnet18
 from fxfuse.capture.parts import survey
 from fxfuse.capture.symbolic import FuseTracer
+from fxfuse.reporting.timing import ratio_of
 
 MAX_RATIO, MAX_GROWTH_OF_RATIO, MAX_PEAK = 4.0, 1.3, 2.5
 NETWORKS = ("repvgg_a0", "mobileone_s0", "resnet50", "dbb_resnet18")
@@ -119,8 +120,7 @@ def measure_time(name: str, rounds: int) -> dict[str, float]:
                 traced.append(seconds(capture))
             else:
                 optimized.append(seconds(optimize))
-    ratios = [o / t for o, t in zip(optimized, traced, strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, ratio, high = ratio_of(traced, optimized)
     return {
         "nodes": nodes,
         "trace_ms": 1e3 * statistics.median(traced),

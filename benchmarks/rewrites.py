@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import fxfuse
+from fxfuse.reporting.timing import ratio_of
 
 from .rewrite_cases import REWRITES, Case
 
@@ -71,7 +72,7 @@ def ratios(
     for number in range(rounds):
         for k in (0, 1) if number % 2 == 0 else (1, 0):
             times[k].append(_seconds((before, after)[k], x, calls[k]))
-    low, middle, high = statistics.quantiles([b / a for a, b in zip(*times, strict=True)], n=4, method="inclusive")
+    low, middle, high = ratio_of(times[0], times[1])
     return 1e3 * statistics.median(times[0]), middle, low, high
 
 

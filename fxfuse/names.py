@@ -53,6 +53,11 @@ def above(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
+def below(holder: str, path: str) -> str:
+    """The path from the model on of what is at `path` below its module at `holder`, "" for the model itself."""
+    return f"{holder}.{path}" if holder else path
+
+
 def place(node: Node) -> str:
     """The path or name by which a message speaks of a node."""
     return str(node.target) if node.op == "call_module" else "the output" if node.op == "output" else node.name

@@ -12,6 +12,7 @@ from fxfuse.algebra.constants import model_values
 from fxfuse.algebra.held_indices import changed
 from fxfuse.attributes import tensor_at
 from fxfuse.compiling.weight_sets import bump
+from fxfuse.names import below
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.report import Report
 from fxfuse.rewriting.assemble import spelled
@@ -95,7 +96,7 @@ def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} is not the model that was optimized: {error}") from error
     if other is not None:
-        where = f"{replay.path}.{other}" if replay.path else other
+        where = below(replay.path, other)
         raise ValueError(f"{where} holds other indices than the plan was made for: call fxfuse.optimize again")
     fresh: dict[str, Any] = dict(replay.constants)
     for recipe in replay.recipes:
@@ -104,4 +105,4 @@ def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
             raise ValueError(str(numbers.at(recipe.target)))
         held = zip(PARAMETERS, numbers, strict=True)
         fresh.update({f"{recipe.target}.{name}": value for name, value in held if value is not None})
-    return {f"{replay.path}.{name}" if replay.path else name: value for name, value in fresh.items()}
+    return {below(replay.path, name): value for name, value in fresh.items()}

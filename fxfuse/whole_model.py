@@ -13,6 +13,7 @@ from fxfuse.capture.copying import copied
 from fxfuse.capture.example_shapes import inputs_of, propagate
 from fxfuse.capture.parts import Part, survey
 from fxfuse.cost import CostFunction
+from fxfuse.names import below
 from fxfuse.pattern import Selection
 from fxfuse.pipeline import fuse
 from fxfuse.refusal import Refusal
@@ -42,8 +43,8 @@ class FusedParts:
     def fuse(self, part: Part, captured: Captured, patterns: Selection, price: CostFunction) -> None:
         """Fuse one graph; a part in which nothing fuses keeps its module, which is as good, and its class."""
         done = fuse(captured, patterns, price, weights=not self.dry_run)
-        self.fired += [replace(f, path=_join(part.path, f.path)) for f in done.fired]
-        self.refused += [replace(r, where=_join(part.path, r.where)) for r in done.refused]
+        self.fired += [replace(f, path=below(part.path, f.path)) for f in done.fired]
+        self.refused += [replace(r, where=below(part.path, r.where)) for r in done.refused]
         self.before += done.before
         self.after += done.after
         if part.path and not done.fired:
@@ -112,7 +113,3 @@ def fuse_parts(
 
 def _params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _join(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}" if prefix else path

@@ -18,7 +18,7 @@ from fxfuse.capture.export.program import export
 from fxfuse.capture.held_modules import outside
 from fxfuse.capture.python_use import reach
 from fxfuse.capture.symbolic import capture, stays, unusable
-from fxfuse.names import above
+from fxfuse.names import above, below
 from fxfuse.refusal import CaptureError, Refusal
 
 WAYS = ("symbolic", "export", "hierarchical")
@@ -102,7 +102,7 @@ class _Survey:
             name = str(node.target)
             if node.op != "call_module" or name in opened:
                 continue  # the graph itself reads something in it
-            kept, inner = captured.modules[name], _join(path, name)
+            kept, inner = captured.modules[name], below(path, name)
             if name in captured.whole:
                 parts.append(self.python(inner, kept, captured.whole[name]))
             elif any(kept.children()) and not type(kept).__module__.startswith("torch.nn"):
@@ -127,7 +127,7 @@ class _Survey:
         parts = [
             replace(p, asked=frozenset(found.asked.get(name, ())))
             for name, m, given in found.replaceable(module)
-            for p in self.take(_join(path, name), m, given)
+            for p in self.take(below(path, name), m, given)
         ]
         refused = [stays(path or type(module).__name__, reason)]
         if found.opaque and any(module.children()):
@@ -135,7 +135,7 @@ class _Survey:
         refused += [
             Refusal(
                 "the module stays as it is: the Python code around it uses more of it than its call",
-                where=_join(path, name),
+                where=below(path, name),
                 detail=f"{type(module).__name__}.{place}",
                 remedy="only call it there",
             )
@@ -143,7 +143,3 @@ class _Survey:
             if any(True for _ in module._modules[name].parameters())  # type: ignore[union-attr]
         ]
         return Part(path, module, None, tuple(parts), tuple(refused))
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

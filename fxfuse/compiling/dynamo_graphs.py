@@ -51,7 +51,7 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
     values: dict[Node, Any] = {}
     arguments = dict(enumerate(gm.graph.find_nodes(op="placeholder")))
     numbers = number_positions(gm, inputs)
-    state = {i: n for i, n in arguments.items() if is_state(n, inputs[i]) and i not in exposed and i not in numbers}
+    state = {i: n for i, n in arguments.items() if _is_state(n, inputs[i]) and i not in exposed and i not in numbers}
     for index, node in arguments.items():
         if index not in state:
             values[node] = graph.node_copy(node)
@@ -108,7 +108,7 @@ def exposed_state(take: Traced) -> frozenset[int]:
     return frozenset(i for i, path in take.state.items() if path in written)
 
 
-def is_state(node: Node, value: Any) -> bool:
+def _is_state(node: Node, value: Any) -> bool:
     """Whether a placeholder is a parameter, buffer or tensor attribute of the model."""
     if not isinstance(value, Tensor):
         return False

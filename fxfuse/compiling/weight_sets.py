@@ -12,6 +12,7 @@ and of statistics on the CPU a few numbers are looked at on every call.
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ _WORDS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 _epoch = 0  # how often everything was declared changed
 _touches = 0  # how often single tensors were
 _touched: dict[int, int] = {}  # when last, by id
-_hook: Any = None
 
 
 def bump() -> None:
@@ -49,11 +49,10 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             touch(group["params"])
 
 
+@functools.cache
 def watch_optimizers() -> None:
     """Have fused optimizers tell; once a process."""
-    global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 @dataclass(slots=True)

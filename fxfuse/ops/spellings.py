@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr
 from fxfuse.framed import FRAMED
-from fxfuse.names import is_aten
+from fxfuse.names import below, is_aten
 from fxfuse.ops import aten, deformable
 from fxfuse.ops.call import Call, Signature
 from fxfuse.ops.call import signature as _sig
@@ -148,4 +148,4 @@ def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
 
 
 def _state(m: nn.Module, name: str, path: str, attr: Any) -> Attr | None:
-    return None if getattr(m, name) is None else attr(f"{path}.{name}" if path else name)
+    return None if getattr(m, name) is None else attr(below(path, name))

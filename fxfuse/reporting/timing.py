@@ -6,6 +6,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ def compare(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> dic
         for number in tqdm(range(rounds), "timing", leave=False, file=sys.stderr, disable=not sys.stderr.isatty()):
             for k in (0, 1) if number % 2 == 0 else (1, 0):
                 times[k].append(_seconds(*sides[k], calls[k], device))
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, ratio, high = ratio_of(times[0], times[1])
     return {
         "before_ms": 1e3 * statistics.median(times[0]),
         "after_ms": 1e3 * statistics.median(times[1]),
@@ -54,6 +54,13 @@ def compare(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> dic
         "rounds": rounds,
         "device": _name(device),
     }
+
+
+def ratio_of(before: Iterable[float], after: Iterable[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of after / before, round by round."""
+    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, middle, high
 
 
 def _seconds(model: nn.Module, inputs: tuple[Any, ...], calls: int, device: torch.device) -> float:
