@@ -87,9 +87,7 @@ def _frame(op: Operator, f: Operator, g: Operator, parts: list[Numbers], source:
 
 def _padded_value(g: Operator, like: Tensor, source: Values) -> Tensor:
     """What g pads each channel that it reads with, or all of them."""
-    value = evaluate(g.pad_value, source)
-    padded = double(value) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    padded = padded.to(like.device).reshape(-1)
+    padded = double(evaluate(g.pad_value, source)).to(like.device).reshape(-1)
     return padded if g.reads is None or len(padded) == 1 else padded[list(g.reads)]
 
 

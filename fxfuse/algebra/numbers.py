@@ -64,9 +64,7 @@ def _scale(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     """x * factor + shift, each a number or one value a channel."""
 
     def channels(name: str) -> Tensor:
-        value = evaluate(op.const(name), source)
-        tensor = double(value) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        return tensor.reshape(-1).expand(op.out_channels)
+        return double(evaluate(op.const(name), source)).reshape(-1).expand(op.out_channels)
 
     factor = 1 / channels("factor") if op.const("inverse") else channels("factor")
     return _factor(op, factor, None if op.const("shift") == 0 else channels("shift") * op.const("alpha"))

@@ -40,12 +40,9 @@ def _equal(op: Operator, value: Const, values: Values) -> bool:
     bias = compute(op, values).bias
     if bias is None:
         bias = torch.zeros(op.out_channels, dtype=torch.float64)
-    expected = evaluate(value, values)
-    if isinstance(expected, Tensor):
-        if expected.numel() not in (1, bias.numel()):
-            return False
-        expected = double(expected).reshape(-1)
-    return bool(torch.allclose(bias, bias.new_zeros(()) + expected, rtol=1e-10, atol=1e-12))
+    expected = double(evaluate(value, values)).reshape(-1)
+    same_count = expected.numel() in (1, bias.numel())
+    return same_count and bool(torch.allclose(bias, bias.new_zeros(()) + expected, rtol=1e-10, atol=1e-12))
 
 
 def _point(number: int, variances: set[str]) -> Values:

@@ -23,7 +23,9 @@ RUN = 32_000
 TINY = 1e-30
 
 
-def double(tensor: Tensor) -> Tensor:
+def double(tensor: Tensor | float | complex) -> Tensor:
+    """In double precision; of a number a tensor without dims."""
+    tensor = tensor if isinstance(tensor, Tensor) else torch.tensor(tensor, dtype=torch.float64)
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 from torch import nn
 
-TABLES = ("_parameters", "_buffers", "_modules")  # of torch itself
-ORDERED = (list, set, deque)
+TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = vars(nn.Module()).keys() - set(TABLES)
+WITHOUT_KEYS = (list, set, deque)
+ALL = (*WITHOUT_KEYS, dict, OrderedDict)
 
 
-def contents(module: nn.Module, kinds: tuple[type, ...] = (*ORDERED, dict)) -> list[tuple[str, Any, Any]]:
-    """Its containers of these classes by name, each with a copy."""
-    return [(n, v, v.copy()) for n, v in vars(module).items() if type(v) in kinds and n not in TABLES]
+def contents(module: nn.Module, kinds: tuple[type, ...] = ALL) -> list[tuple[str, Any, Any]]:
+    """Its containers of these classes by name, torch's own tables but not its hooks included, each with a copy."""
+    return [(n, v, v.copy()) for n, v in vars(module).items() if type(v) in kinds and n not in _HOOKS]
 
 
 def put_back(saved: list[tuple[str, Any, Any]]) -> list[str]:

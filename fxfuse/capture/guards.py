@@ -51,7 +51,7 @@ def unchanged(model: nn.Module, created: dict[str, Any] | None = None, buffers: 
 def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterator[list[str]]:
     """Put attributes, lists, dicts and random states back; yields names of what had to be put back."""
     modules = [(p, m) for p, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    saved = [(p, m, dict(m.__dict__), [dict(m.__dict__[t]) for t in TABLES], contents(m)) for p, m in modules]
+    saved = [(p, m, dict(m.__dict__), contents(m)) for p, m in modules]
     states = _random_states()
     changed: list[str] = []
     try:
@@ -62,13 +62,11 @@ def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterato
             _set_random_states(states)
         if created is not None:
             created.update({k: v for k, v in model.__dict__.items() if k not in saved[0][2]})
-        for path, module, attributes, tables, containers in saved:
+        for path, module, attributes, containers in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for table, content in zip(TABLES, tables, strict=True):
-                module.__dict__[table].clear()
-                module.__dict__[table].update(content)
-            changed += ["self." + f"{path}.{name}".lstrip(".") for name in put_back(containers)]
+            names = [name for name in put_back(containers) if name not in TABLES]
+            changed += ["self." + f"{path}.{name}".lstrip(".") for name in names]
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from torch import nn
 
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.export.program import export
-from fxfuse.capture.held_modules import outside
-from fxfuse.capture.python_use import reach
+from fxfuse.capture.python_use import outside, reach
 from fxfuse.capture.symbolic import capture, stays, unusable
 from fxfuse.names import above, below
 from fxfuse.refusal import CaptureError, Refusal

@@ -12,13 +12,13 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxfuse.capture.held_modules import held
 from fxfuse.capture.python_source import Source, arguments, compared_with_is, elements, name_called, source_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -68,7 +68,7 @@ def reach(module: nn.Module) -> Reach:
         found.opaque = "its forward is replaced or has hooks"
         return found
     _Methods(module, found).run()
-    kept = {id(m) for m in held(vars(module))}
+    kept = {id(m) for m in _held(vars(module))}
     for name, child in module._modules.items():
         if child is not None and not kept.isdisjoint(id(m) for m in child.modules()):
             found.used.setdefault(name, "an attribute that is no submodule holds a part of it as well")
@@ -220,3 +220,29 @@ class _Uses:
     def _used(self, node: Any, *names: str) -> None:
         for name in names:
             self.found.used.setdefault(name, f"{self.name}, line {self.source.before + node.lineno}")
+
+
+def outside(module: nn.Module) -> str:
+    """Path of a submodule one of whose attributes holds a module elsewhere, whose changes a graph would not see."""
+    inside = {id(m) for m in module.modules()}
+    for path, inner in module.named_modules():
+        if any(id(m) not in inside for m in _held(vars(inner))):
+            return path or type(module).__name__
+    return ""
+
+
+def _held(value: Any, depth: int = 0) -> Iterator[nn.Module]:
+    """Modules that plain attributes hold: in lists, dicts, partials and bound methods."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, partial):
+        yield from _held([value.func, *value.args, *value.keywords.values()], depth)
+    elif inspect.ismethod(value):
+        yield from _held(value.__self__, depth)
+    elif depth < 4 and isinstance(value, dict):
+        for key, inner in value.items():
+            if depth or key not in ("_modules", "_parameters", "_buffers"):
+                yield from _held(inner, depth + 1)
+    elif depth < 4 and isinstance(value, (list, tuple, set)):
+        for inner in value:
+            yield from _held(inner, depth + 1)

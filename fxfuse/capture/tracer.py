@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
-from fxfuse.capture.containers import ORDERED, contents, put_back
+from fxfuse.capture.containers import WITHOUT_KEYS, contents, put_back
 from fxfuse.capture.proxies import FuseProxy
 from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded
@@ -31,29 +31,7 @@ _RESHAPES = set(
 )
 
 
-class DictTracer(Tracer):
-    """Keeps the class of a dict, where torch.fx would make it a plain one."""
-
-    def create_arg(self, a: Any) -> Any:
-        kept = isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx")
-        return self._dict(a) if kept else super().create_arg(a)
-
-    def _dict(self, value: Any) -> Node:
-        """A dict of another class, which torch.fx would make a plain one: a graph calls the class."""
-        cls: Any = type(value)
-        if dataclasses.is_dataclass(value):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-            return self.create_node("call_function", cls, (), {n: self.create_arg(v) for n, v in fields.items()})
-        try:
-            again = cls(dict(value))
-        except Exception as error:
-            raise CaptureError(f"the forward makes a {cls.__name__}, which a graph cannot") from error
-        if type(again) is not cls or list(again) != list(value) or any(again[k] is not v for k, v in value.items()):
-            raise CaptureError(f"the forward makes a {cls.__name__}, which is more than its items")
-        return self.create_node("call_function", cls, (self.create_arg(dict(value)),), {})
-
-
-class FuseTracer(DictTracer):
+class FuseTracer(Tracer):
     """Keeps every module whole whose call is more than its forward or cannot be traced.
 
     Args:
@@ -108,6 +86,24 @@ class FuseTracer(DictTracer):
             raise CaptureError("the forward switches gradients off or on, which a graph cannot hold")
         return node
 
+    def create_arg(self, a: Any) -> Any:
+        kept = isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx")
+        return self._dict(a) if kept else super().create_arg(a)
+
+    def _dict(self, value: Any) -> Node:
+        """A dict of another class, which torch.fx would make a plain one: a graph calls the class."""
+        cls: Any = type(value)
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+            return self.create_node("call_function", cls, (), {n: self.create_arg(v) for n, v in fields.items()})
+        try:
+            again = cls(dict(value))
+        except Exception as error:
+            raise CaptureError(f"the forward makes a {cls.__name__}, which a graph cannot") from error
+        if type(again) is not cls or list(again) != list(value) or any(again[k] is not v for k, v in value.items()):
+            raise CaptureError(f"the forward makes a {cls.__name__}, which is more than its items")
+        return self.create_node("call_function", cls, (self.create_arg(dict(value)),), {})
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         code = inspect.unwrap(root_fn).__code__
         if code.co_flags & inspect.CO_VARARGS and code.co_kwonlyargcount:
@@ -140,7 +136,7 @@ class FuseTracer(DictTracer):
             if self.is_leaf_module(m, path):
                 break
             last, stack = next(reversed(self.graph.nodes), None), list(self.module_stack)
-            lists = contents(m, ORDERED)
+            lists = contents(m, WITHOUT_KEYS)
             self.proxy_buffer_attributes = proxied
             try:
                 _refuse_catching(type(m).forward)
