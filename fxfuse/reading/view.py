@@ -11,12 +11,13 @@ from typing import Any
 
 from torch.fx import Node
 
-from fxfuse.algebra.constants import Attr, leaves
-from fxfuse.algebra.operator import Operator
+from fxfuse.algebra.constants import Attr
+from fxfuse.algebra.operator import sources
 from fxfuse.attributes import tensor_at
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.symbolic import stays
 from fxfuse.facts.infer import infer
+from fxfuse.ops.call import Call
 from fxfuse.ops.movement import read_shaping
 from fxfuse.ops.spellings import read
 from fxfuse.reading.affine import Affine, Unknown
@@ -55,7 +56,7 @@ def look(captured: Captured) -> View:
     calls = {n: c for n in graph.nodes if (c := read(n, modules, attr)) is not None}
     effects = Effects(graph, calls, modules)
     constants = find_constants(graph, root, captured.constants, effects)
-    calls = {n: replace(c, args=_resolved(c.args, constants)) for n, c in calls.items() if n not in constants}
+    calls = {n: _resolved(c, constants) for n, c in calls.items() if n not in constants}
     shapings = {n: c for n in graph.nodes if n not in constants and (c := read_shaping(n, modules)) is not None}
     facts = infer(graph, calls, shapings, modules, captured.shapes)
     fills = border_fills(calls, facts, effects.position)
@@ -76,7 +77,7 @@ def look(captured: Captured) -> View:
             result = replace(result, op=replace(result.op, pad_value=fill.value), extra=(*fill.writes, *fill.slices))
         if isinstance(result, Affine) and not effects.private_write(node):
             result = Refusal("it writes a tensor in place that is read elsewhere", remedy="use the out-of-place form")
-        if isinstance(result, Affine) and written and _reads_any(result.op, written):
+        if isinstance(result, Affine) and written and any(a.path in written for a in sources(result.op)):
             result = Refusal("the forward itself writes its weights")
         if isinstance(result, Refusal):
             refused[node] = result.at(call.path or node.name)
@@ -93,14 +94,11 @@ def look(captured: Captured) -> View:
         if node.op == "call_module" and node.target in captured.whole:
             refused[node] = stays(str(node.target), captured.whole[node.target])
     nodes = Nodes(captured, affine, constants, effects, facts, calls, shapings)
-    movable = find_movable(nodes)
-    steps = {n: affine.get(n) or movable.commuting[n] for n in graph.nodes if n in affine or n in movable.on_ways}
-    return View(captured, steps, constants, effects, facts, calls, shapings, refused, movable)
+    movable, affine = find_movable(nodes)
+    return View(captured, affine, constants, effects, facts, calls, shapings, refused, movable)
 
 
-def _resolved(args: dict[str, Any], constants: Mapping[Node, Any]) -> dict[str, Any]:
-    return {k: constants.get(v, v) if isinstance(v, Node) else v for k, v in args.items()}
-
-
-def _reads_any(op: Operator, paths: set[str]) -> bool:
-    return any(a.path in paths for _, c in op.consts for a in leaves(c))
+def _resolved(call: Call, constants: Mapping[Node, Any]) -> Call:
+    """A call of constants where it was one of the nodes that give them."""
+    args = {k: constants.get(v, v) if isinstance(v, Node) else v for k, v in call.args.items()}
+    return replace(call, args=args)

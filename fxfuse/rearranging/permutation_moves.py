@@ -1,4 +1,4 @@
-"""Permutations of channels moved along their routes, next to the layer that takes them into its weight.
+"""Permutations of channels, each made one operation and moved along its route to the layer that takes it in.
 
     shuffle -> depthwise conv -> batch_norm -> relu -> 1x1 conv  =>  depthwise' -> batch_norm' -> relu -> shuffle -> 1x1
 
@@ -24,6 +24,7 @@ from fxfuse.graph_edits import Edit, Editor
 from fxfuse.ops.index_lists import index_of
 from fxfuse.ops.value_kinds import is_number
 from fxfuse.pattern import Selection
+from fxfuse.reading.movable.index_tensors import Indexed, indexed
 from fxfuse.reading.movable.permutation import Permutation, permutation_of
 from fxfuse.reading.movable.shuffles import Shuffle
 from fxfuse.reading.view import View
@@ -48,21 +49,36 @@ def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> Iterat
     """Shuffles to be written as one operation, which a layer before or after them can take."""
     routes = Routes(view, patterns, price)
     for shuffle in view.movable.shuffles:
-        at = [view.effects.position[n] for n in shuffle.nodes]
-        written = view.effects.written_between(shuffle.source, at[0], at[-1], shuffle.nodes)
-        if written is None and isinstance(routes.find(shuffle.permutation), Route):
-            nodes = frozenset((shuffle.source, *shuffle.nodes, *shuffle.nodes[-1].users))
-            yield Edit(nodes, partial(_use, shuffle))
+        found, nodes = shuffle.permutation, shuffle.permutation.nodes
+        at = [view.effects.position[n] for n in nodes]
+        written = view.effects.written_between(found.source, at[0], at[-1], nodes)
+        if written is None and isinstance(routes.find(found), Route):
+            yield Edit(frozenset((found.source, *nodes, *found.last.users)), partial(_use, shuffle))
 
 
 def _use(shuffle: Shuffle, editor: Editor) -> None:
-    last = shuffle.nodes[-1]
-    asked = [n for node in shuffle.nodes for n in node.all_input_nodes if n not in shuffle.nodes]
-    new = editor.call(last, torch.channel_shuffle, (shuffle.source, shuffle.groups), last, last)
+    nodes, last = shuffle.permutation.nodes, shuffle.permutation.last
+    asked = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
+    new = editor.call(last, torch.channel_shuffle, (shuffle.permutation.source, shuffle.groups), last, last)
     editor.replace(last, new)
-    for node in shuffle.nodes[-2::-1]:
+    for node in nodes[-2::-1]:
         editor.erase(node)
     _drop_unread(asked, editor)
+
+
+def write_indices(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
+    """Selections by constant tensors of indices to be written as lists, which a layer takes."""
+    routes = Routes(view, patterns, price)
+    for found in indexed(view):
+        if isinstance(routes.find(found.permutation), Route):
+            old = found.permutation.last
+            yield Edit(frozenset((found.permutation.source, old, *old.users)), partial(_write, view, found))
+
+
+def _write(view: View, found: Indexed, editor: Editor) -> None:
+    old, index = found.permutation.last, index_of(found.axis, found.entries)
+    editor.replace(old, editor.call(old, operator.getitem, (found.permutation.source, index), old, old), view.constants)
+    view.captured.held[found.const] = found.entries
 
 
 def _drop_unread(sizes: list[Node], editor: Editor) -> None:

@@ -58,9 +58,8 @@ class Routes:
         node, reader = (permutation.last if forward else permutation.source), permutation.nodes[0]
         reads, steps = permutation.reads, list[Passed]()
         while len(steps) < FAR:
-            channels = permutation.channels or len(reads)
-            op = pointwise("select", "select", permutation.spatial, len(reads), reads=reads)
-            op = op if steps else replace(op, in_channels=channels)
+            wide = len(reads) if steps else permutation.channels or len(reads)
+            op = pointwise("select", "select", permutation.spatial, len(reads), reads=reads, in_channels=wide)
             layer = self._taken(op, node, reader, permutation, forward)
             if layer is None:
                 return self._blocked(permutation, steps, forward) or Route(tuple(steps), forward)

@@ -9,8 +9,7 @@ from fxfuse.pattern import Selection
 from fxfuse.reading.view import View, look
 from fxfuse.rearranging.dynamic_bias import give_biases
 from fxfuse.rearranging.identities import drop_identities
-from fxfuse.rearranging.index_tensors import write_indices
-from fxfuse.rearranging.permutation_moves import move_permutations, use_shuffles
+from fxfuse.rearranging.permutation_moves import move_permutations, use_shuffles, write_indices
 from fxfuse.rearranging.pool_first import Swapped, swap
 from fxfuse.rearranging.positional import by_position
 from fxfuse.rearranging.sums import regroup

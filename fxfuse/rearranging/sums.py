@@ -125,21 +125,15 @@ def _one(patterns: Selection, price: CostFunction, f: Operator, g: Operator) -> 
 
 
 def _rewrite(tree: _Tree, groups: list[list[int]], editor: Editor) -> None:
-    root, alike = tree.root, set[Node]()
+    def add(a: Node, b: Node, like: Node | None = None) -> Node:
+        return editor.call(tree.root, operator.add, (a, b), tree.root, like)
 
-    def add(a: Node, b: Node) -> Node:
-        new = editor.call(root, operator.add, (a, b), root, a if a in alike else None)
-        if a in alike:
-            alike.add(new)
-        return new
+    def alike(a: Node, b: Node) -> Node:
+        return add(a, b, like=a)
 
-    parts = list[Node]()
-    for group in groups:
-        alike = {tree.leaves[group[0]]}  # what becomes one layer is of one shape
-        parts.append(reduce(add, [tree.leaves[i] for i in group]))
-    alike = set()  # what else is summed may be of another
-    whole = reduce(add, parts)
-    editor.same_shape(whole, like=root)
-    editor.replace(root, whole)
+    parts = [reduce(alike, [tree.leaves[i] for i in group]) for group in groups]  # one layer gives one shape
+    whole = reduce(add, parts)  # what else is summed may be of another
+    editor.same_shape(whole, like=tree.root)
+    editor.replace(tree.root, whole)
     for node in tree.inner:
         editor.erase(node)

@@ -6,6 +6,7 @@ import copy
 import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,30 +31,23 @@ FLAGS = (
 )
 
 
-@dataclass(frozen=True)
-class Keep:
-    """Gives a GraphModule hooks or plain attributes of the model, and hides its non-persistent buffers.
-
-    A deepcopy of it would lose all three.
-    """
-
-    attributes: dict[str, Any]
-    hidden: tuple[str, ...] = ()
-
-    def __call__(self, module: GraphModule) -> None:
-        for name, value in self.attributes.items():
-            setattr(module, name, copy.copy(value))
-        for target in self.hidden:
-            owner, name = owner_of(module, target)
-            owner._non_persistent_buffers_set.add(name)
-
-
 def keep(module: GraphModule, attributes: dict[str, Any], hidden: tuple[str, ...] = ()) -> None:
-    """Set `attributes` on a GraphModule, and hide its buffers `hidden` from the state dict, in copies of it too."""
+    """Set `attributes` on a GraphModule, and hide its buffers `hidden` from the state dict.
+
+    So it will be in copies of it: a deepcopy would lose hooks, plain attributes and what is hidden.
+    """
     if attributes or hidden:
-        kept = Keep(attributes, hidden)
-        kept(module)
-        module._register_deepcopy_hook(kept)
+        give = partial(_give, attributes, hidden)
+        give(module)
+        module._register_deepcopy_hook(give)
+
+
+def _give(attributes: dict[str, Any], hidden: tuple[str, ...], module: GraphModule) -> None:
+    for name, value in attributes.items():
+        setattr(module, name, copy.copy(value))
+    for target in hidden:
+        owner, name = owner_of(module, target)
+        owner._non_persistent_buffers_set.add(name)
 
 
 @dataclass(frozen=True)
@@ -71,9 +65,7 @@ class Rewritten:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Every module a call in the graph can name: the root's, and the fused layers over them."""
-        modules = self.captured.modules
-        known = {spelled(self.captured.root, path): module for path, module in modules.items()}
-        return modules | known | {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
+        return self.captured.modules | {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
 
     def params(self) -> int:
         """Parameters that the graph uses, each tensor once."""

@@ -23,20 +23,17 @@ def feasible(plan: Plan, view: View, values: Values | None) -> tuple[Plan, Built
 
     Siblings run on their own where their wide layer cannot be had. Without `values` layers have no numbers.
     """
-    stored, siblings = dict[Operator, Stored | Refusal](), plan.siblings
-    while True:
-        sites = joined(plan.sites, [s for g in siblings for s in g.alone], view.effects.position)
-        wide = {f.exit for g in siblings for f in g.members}
-        ops = list(dict.fromkeys([op for s in sites for op in _operators(s, wide)] + [g.op for g in siblings]))
-        new = [op for op in ops if op not in stored]
-        stored |= {op: blank(op) for op in new} if values is None else tensors(new, values)
-        refused = {op: r.at(op.path) for op in ops if isinstance(r := stored[op], Refusal)}
-        done = _whole_trees([s for s in sites if refused.keys().isdisjoint(_operators(s, wide))], sites)
-        there = {f.exit for s in done for f in fuses(s.segments)}
-        able = tuple(g for g in siblings if g.op not in refused and there.issuperset(f.exit for f in g.members))
-        if able == siblings:
-            break
-        siblings = able
+    siblings = plan.siblings
+    sites = joined(plan.sites, [s for g in siblings for s in g.alone], view.effects.position)
+    wide = {f.exit for g in siblings for f in g.members}
+    ops = list(dict.fromkeys([op for s in sites for op in _operators(s, wide)] + [g.op for g in siblings]))
+    stored: dict[Operator, Stored | Refusal] = {op: blank(op) for op in ops} if values is None else tensors(ops, values)
+    refused = {op: r.at(op.path) for op, r in stored.items() if isinstance(r, Refusal)}
+    done = _whole_trees([s for s in sites if refused.keys().isdisjoint(_operators(s, wide))], sites)
+    there = {f.exit for s in done for f in fuses(s.segments)}
+    able = tuple(g for g in siblings if g.op not in refused and there.issuperset(f.exit for f in g.members))
+    if able != siblings:
+        return feasible(replace(plan, siblings=able), view, values)
     shifts = {f.shift for s in done for f in fuses(s.segments)}
     built: Built = {}
     for op in ops:

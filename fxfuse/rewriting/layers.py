@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,37 +80,34 @@ def blank(op: Operator) -> Stored:
     return empty(*pair, *op.kernel), bias, empty(op.out_channels, 1, *op.kernel) if op.framed else None
 
 
-def _uninitialized(cls: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _uninitialized(cls: Any) -> Any:
     """`cls` without the random initial weights that would be overwritten at once."""
     return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
 
 
-_BLANK = {c: _uninitialized(c) for c in (*_CONV.values(), *_CONV_TRANSPOSE.values(), *FRAMED.values(), nn.Linear)}
-
-
 def layer(op: Operator, stored: Stored, requires_grad: bool) -> nn.Module:
     """The nn.Conv*, nn.ConvTranspose*, nn.Linear, framed or deformable convolution that executes `op`, in eval mode."""
-    weight, bias, frame = stored
-    padding = tuple(low for low, _ in op.padding)
-    cls: type[nn.Module] = nn.Linear
-    if op.kind == "warp":
-        cls, geometry = torchvision_ops().DeformConv2d, (op.stride, padding, op.dilation, op.groups)
-        with torch.device("meta"):
-            built = _uninitialized(cls)(op.input_width, op.out_channels, op.kernel, *geometry, bias is not None)
-    elif op.spatial == 0:
-        built = _BLANK[cls](op.in_channels, op.out_channels, bias is not None, device="meta")
-    else:
-        mode = op.padding_mode
+    cls: Any = nn.Linear
+    sizes: tuple[Any, ...] = (op.input_width, op.out_channels)
+    fields: dict[str, Any] = {}
+    if op.spatial != 0:
+        mode, padding = op.padding_mode, tuple(low for low, _ in op.padding)
         outside = any(low != high for low, high in op.padding) or op.pad_value != 0
         if outside and op.pads:  # an F.pad before the layer does it, or a framed layer itself
             padding, mode = (0,) * len(padding), "zeros"
+        sizes = (*sizes, op.kernel)
         fields = {"stride": op.stride, "padding": padding, "dilation": op.dilation, "groups": op.groups}
-        fields |= {"output_padding": op.output_padding} if op.transposed else {"padding_mode": mode}
-        fields |= {"sides": op.padding} if op.framed else {}
-        cls = (_CONV_TRANSPOSE if op.transposed else FRAMED if op.framed else _CONV)[op.spatial or 0]
-        built = _BLANK[cls](op.input_width, op.out_channels, op.kernel, **fields, bias=bias is not None, device="meta")
+        if op.kind == "warp":
+            cls = torchvision_ops().DeformConv2d
+        else:
+            cls = (_CONV_TRANSPOSE if op.transposed else FRAMED if op.framed else _CONV)[op.spatial or 0]
+            fields |= {"output_padding": op.output_padding} if op.transposed else {"padding_mode": mode}
+            fields |= {"sides": op.padding} if op.framed else {}
+    with torch.device("meta"):
+        built: nn.Module = _uninitialized(cls)(*sizes, **fields, bias=op.bias)
     built.__class__ = cls
-    for name, tensor in zip(PARAMETERS, (weight, bias, frame), strict=True):
+    for name, tensor in zip(PARAMETERS, stored, strict=True):
         if tensor is not None:
             setattr(built, name, nn.Parameter(tensor, requires_grad))
     return built.eval()

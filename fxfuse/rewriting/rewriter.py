@@ -119,7 +119,8 @@ class _Rewriter:
         with self.graph.inserting_before(before):
             x = emitter.call(op, source, emitter.beside(fuse)[1:]) if x is None else x
             x = x if fuse.pool is None else self._pooled(x, fuse, fuse.pool)
-            if op.transposed and op.spatial == 1 and any(self._is_norm(n) for n in nodes):
+            norm = any(self.view.calls[n].op == "batch_norm" for n in nodes if n in self.view.calls)
+            if norm and op.transposed and op.spatial == 1:
                 # Of a sequence of length 1 it gives a tensor in another order, which the batch norm would mend.
                 x = self.graph.call_method("contiguous", (x,))
         self.emitted[x] = (fuse, source)
@@ -141,10 +142,6 @@ class _Rewriter:
         bias = self.graph.call_function(torch.reshape, (bias, shape))
         bias = self.graph.call_method("type_as", (bias, pooled))  # which autocast may have made narrower
         return self.graph.call_function(torch.add, (pooled, bias))
-
-    def _is_norm(self, node: Node) -> bool:
-        call = self.view.calls.get(node)
-        return call is not None and call.op == "batch_norm"
 
     def _let_through(self, fuse: Fuse) -> None:
         """Let those that read a factor which has moved elsewhere read its input."""

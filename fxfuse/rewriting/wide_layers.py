@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -12,8 +13,6 @@ from fxfuse.planning.sites import Fuse, Run, Siblings
 from fxfuse.planning.slice_readers import RESHAPES
 from fxfuse.rewriting.emitter import Emitter
 
-Slice = tuple[Node, int, int]  # of what, from which channel on, how many
-
 
 class Wide:
     """Emits what `groups` of siblings share when the first of them is emitted."""
@@ -22,7 +21,7 @@ class Wide:
         self.emitter, self.graph, self.view = emitter, emitter.graph, emitter.view
         self.group_of = {f.exit: g for g in groups for f in g.members}
         self.slices: dict[Node, Node] = {}  # by the exit of a sibling
-        self.cut: dict[Node, Slice] = {}  # what each slice is
+        self.cut: dict[Node, tuple[Any, ...]] = {}  # every slice: of what, along which axis, from where, how many
         self.widths: dict[Node, int] = {}  # channels of what is cut
 
     def slice_of(self, fuse: Fuse, source: Node) -> Node | None:
@@ -62,8 +61,7 @@ class Wide:
             count = fuse.op.out_channels
             piece = base
             if len(members) > 1 or base is wide:
-                piece = self.graph.call_function(torch.narrow, (base, axis, offset, count))
-                self.cut[piece] = (base, offset, count)
+                piece = self._slice(base, axis, offset, count)
             self.slices[fuse.exit] = piece
             if run.nodes:
                 self.emitter.stand_for(run.nodes[number], piece)
@@ -93,24 +91,24 @@ class Wide:
         """Neighbouring slices of one tensor as one."""
         result = list[Node]()
         for part in parts:
-            last = self.cut.get(result[-1]) if result else None
-            here = self.cut.get(part)
-            if last is None or here is None or part.args[1] != axis or here[:2] != (last[0], last[1] + last[2]):
-                result.append(part)
-                continue
-            base, start, count = last[0], last[1], last[2] + here[2]
-            gone = [result.pop(), part]
-            with self.graph.inserting_before(before):
-                whole = self.graph.call_function(torch.narrow, (base, axis, start, count))
-            self.cut[whole] = (base, start, count)
-            result.append(whole)
-            self.emitter.condemned.update(gone)
+            last, here = (self.cut.get(n) for n in (result[-1] if result else part, part))
+            if result and last and here and last[1] == axis and here[:3] == (*last[:2], last[2] + last[3]):
+                self.emitter.condemned.update((result.pop(), part))
+                with self.graph.inserting_before(before):
+                    part = self._slice(*last[:3], last[3] + here[3])
+            result.append(part)
         return [self._all_of(n) for n in result]
+
+    def _slice(self, *taken: Any) -> Node:
+        piece = self.graph.call_function(torch.narrow, taken)
+        self.cut[piece] = taken
+        return piece
 
     def _all_of(self, piece: Node) -> Node:
         """What a slice is taken of, where it takes all of it."""
-        base, start, count = self.cut.get(piece, (piece, 0, 0))
+        base, _, start, count = self.cut.get(piece, (piece, 0, 0, 0))
         if (start, count) != (0, self.widths.get(base)):
             return piece
         self.emitter.condemned.add(piece)
-        return base
+        whole: Node = base
+        return whole

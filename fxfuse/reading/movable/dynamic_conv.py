@@ -23,7 +23,7 @@ from fxfuse.facts.sizes import ONE, Size, order_of, product
 from fxfuse.ops.call import Call
 from fxfuse.ops.movement import RESHAPES
 from fxfuse.reading.affine import Affine
-from fxfuse.reading.movable.factor_ways import SplitFactors, factors_after
+from fxfuse.reading.movable.factor_after_join import SplitFactors, factors_after
 from fxfuse.reading.nodes import Nodes
 from fxfuse.reading.runs import after, before
 

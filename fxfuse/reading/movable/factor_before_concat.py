@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.reading.affine import Affine
-from fxfuse.reading.movable.factor_ways import SplitFactors
+from fxfuse.reading.movable.factor_after_join import SplitFactors
 from fxfuse.reading.nodes import Nodes
 from fxfuse.reading.runs import before
 

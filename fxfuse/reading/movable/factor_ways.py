@@ -2,38 +2,20 @@
 
 A factor moves up to the layer before it, where nobody else reads what lies between; or down to the layers after
 it, where every reader down there absorbs a copy (`k(norm(x)), v(norm(x))`). Both are one pass over the graph that
-notes for each value the axes along which a factor could move. After a join it moves up into every branch: its
-channels of a concatenation into each, its factor into each summand and its shift into the first.
+notes for each value the axes along which a factor could move.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import takewhile
 
 from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.reading.affine import Affine
-from fxfuse.reading.nodes import Nodes
-from fxfuse.reading.runs import after
 
 ANY = 0  # in a set of axes: what is the same on every channel passes
 Axes = frozenset[int]
-
-
-@dataclass(frozen=True)
-class SplitFactors:
-    """Factors in a row after a join, and by the last node of each branch its share of each of them.
-
-    With `before`: factors before a join, and what the layer after it takes of them, to stand in front of that.
-    """
-
-    factors: tuple[Node, ...]
-    shares: dict[Node, tuple[Operator, ...]]
-    before: bool = False
 
 
 def find_ways(
@@ -69,83 +51,6 @@ def find_ways(
     return {n for n in on_ways if steps[n].op.kind == "carry"}, trees
 
 
-def factors_after(node: Node, nodes: Nodes) -> list[Node]:
-    """The factors after a node, each read by the next alone."""
-    run = takewhile(lambda s: s[1].op.kind == "scale", after(node, nodes.affine, nodes.readers))
-    return [factor for factor, _ in run]
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """The last node of a branch, its run of channels in the whole, and whether it takes the shift."""
-
-    node: Node
-    start: int
-    width: int
-    shift: bool
-
-
-@dataclass(frozen=True)
-class _Joins:
-    """Joins taken apart."""
-
-    nodes: Nodes
-
-    def ends(self, join: Node, spatial: int | None, start: int, shift: bool) -> list[_End]:
-        """What meets in a join, joins in it opened where possible; nothing where a branch has another reader."""
-        affine, found = self.nodes.affine[join], list[_End]()
-        if affine.kind == "concat" and spatial not in (None, affine.spatial):
-            return []
-        widths = [self.widths.get(node) for node, _ in affine.inputs]
-        if affine.kind == "sum" and len(set(widths)) > 1:
-            return []  # one that broadcasts
-        for (node, _), width in zip(affine.inputs, widths, strict=True):
-            if self.nodes.readers(node) != [join] or width is None:
-                return []
-            inner = self.nodes.affine.get(node)
-            opened = self.ends(node, spatial, start, shift) if inner is not None and inner.kind != "unary" else []
-            found += opened or [_End(node, start, width, shift)]
-            start, shift = (start + width, shift) if affine.kind == "concat" else (start, False)
-        return found if len({e.node for e in found}) == len(found) else []
-
-    @cached_property
-    def widths(self) -> dict[Node, int | None]:
-        """Channels of what comes from layers: of one, of all that are summed, of those side by side together."""
-        found = dict[Node, int | None]()
-        for node, step in self.nodes.affine.items():  # in execution order
-            parts = [found.get(source) for source, _ in step.inputs]
-            known = [w for w in parts if w is not None]
-            if step.kind == "unary":
-                passing = parts[0] if step.op.kind in ("scale", "identity") else None
-                found[node] = step.op.out_channels if step.op.weighted else passing
-            elif step.kind == "concat":
-                found[node] = sum(known) if len(known) == len(parts) else None
-            else:
-                found[node] = known[0] if len(set(known)) == 1 else None
-        return found
-
-
-def after_joins(nodes: Nodes) -> dict[Node, SplitFactors]:
-    """By the first of them: factors that alone read a join of branches that nobody else reads."""
-    found, joins = {}, _Joins(nodes)
-    for node, join in nodes.affine.items():
-        factors = factors_after(node, nodes) if join.kind != "unary" else []
-        ops = [nodes.affine[f].op for f in factors]
-        spatial = next((o.spatial for o in ops if o.spatial is not None), None)
-        ends = joins.ends(node, spatial, 0, True) if factors else []
-        whole = max((e.start + e.width for e in ends), default=0)
-        if ends and all(o.spatial is None or (o.spatial, o.out_channels) == (spatial, whole) for o in ops):
-            found[factors[0]] = SplitFactors(tuple(factors), {e.node: tuple(_share(o, e) for o in ops) for e in ends})
-    return found
-
-
-def _share(op: Operator, end: _End) -> Operator:
-    """A run of the channels of a factor, with or without its shift."""
-    rows = None if op.spatial is None else (end.start, end.start + end.width)
-    consts, bias = (("rows", rows),), op.bias and end.shift
-    return op.on_layout(op.spatial, end.width, law="portion", operands=(op,), consts=consts, bias=bias)
-
-
 def passes(op: Operator) -> bool:
     """Whether a factor and shift a channel can move past `op`: its weights sum to one, or it is such a one itself."""
     return op.kind in ("scale", "identity", "carry") or (op.kind == "pool" and not op.pads)
@@ -161,6 +66,14 @@ def _axis(op: Operator) -> int:
     return ANY if op.spatial is None else -op.spatial - 1
 
 
+def _through(op: Operator, axes: Axes, up: bool) -> Axes:
+    """The axes of what `op` gives for those of what it reads, if factors move `up` past it; else the other way."""
+    if (pairs := axes_of(op)) is not None:
+        moved = frozenset(o if up else i for o, i in pairs.items() if (i if up else o) in axes)
+        axes = moved | (axes & {ANY})
+    return axes & {_axis(op), ANY} if _axis(op) != ANY else axes
+
+
 def _upward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]]) -> dict[Node, Axes]:
     """Axes of each value along which a factor on it could move up into a layer."""
     up: dict[Node, Axes] = {}
@@ -169,36 +82,29 @@ def _upward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]]) -> di
         if op.weighted:
             up[node] = frozenset((_axis(op), ANY))
         elif passes(op) and source in up and read[source] == [node]:
-            here, axes = up[source], axes_of(op)
-            if axes is not None:
-                here = frozenset(o for o, i in axes.items() if i in here) | (here & {ANY})
-            up[node] = here & {_axis(op), ANY} if _axis(op) != ANY else here
+            up[node] = _through(op, up[source], up=True)
     return up
 
 
 def _downward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]], shift: bool) -> dict[Node, Axes]:
     """Axes of each value along which every reader would absorb a factor, with or without a shift."""
     down: dict[Node, Axes] = {}
+
+    def accepted(node: Node, reader: Node) -> Axes:
+        affine = steps.get(reader)
+        if affine is None or affine.inputs[0][0] is not node:
+            return frozenset()
+        op = affine.op
+        if op.weighted:
+            # its border would change with them
+            border = op.pads and op.padding_mode == "zeros" and (shift or op.pad_value != 0)
+            return frozenset() if border or op.transposed else frozenset((_axis(op), ANY))
+        return _through(op, down[reader], up=False) if passes(op) else frozenset()
+
     for node in reversed(list(steps)):
-        accepted = [_accepted(node, r, steps, down, shift) for r in read[node]]
-        down[node] = frozenset.intersection(*accepted) if accepted else frozenset()
+        found = [accepted(node, r) for r in read[node]]
+        down[node] = frozenset.intersection(*found) if found else frozenset()
     return down
-
-
-def _accepted(node: Node, reader: Node, steps: Mapping[Node, Affine], down: Mapping[Node, Axes], shift: bool) -> Axes:
-    affine = steps.get(reader)
-    if affine is None or affine.inputs[0][0] is not node:
-        return frozenset()
-    op = affine.op
-    if op.weighted:
-        border = op.pads and op.padding_mode == "zeros" and (shift or op.pad_value != 0)  # it would change with them
-        return frozenset() if border or op.transposed else frozenset((_axis(op), ANY))
-    if not passes(op):
-        return frozenset()
-    here, axes = down[reader], axes_of(op)
-    if axes is not None:
-        here = frozenset(i for o, i in axes.items() if o in here) | (here & {ANY})
-    return here & {_axis(op), ANY} if _axis(op) != ANY else here
 
 
 def _tree(root: Node, steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]]) -> frozenset[Node]:

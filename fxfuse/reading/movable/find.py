@@ -10,8 +10,9 @@ from torch.fx import Node
 from fxfuse.reading.affine import Affine
 from fxfuse.reading.movable.commuting import read_carry
 from fxfuse.reading.movable.dynamic_conv import Dynamic, DynamicConvs
+from fxfuse.reading.movable.factor_after_join import SplitFactors, after_joins
 from fxfuse.reading.movable.factor_before_concat import before_concats
-from fxfuse.reading.movable.factor_ways import SplitFactors, after_joins, find_ways
+from fxfuse.reading.movable.factor_ways import find_ways
 from fxfuse.reading.movable.shuffles import Shuffle, candidates, find_shuffles
 from fxfuse.reading.nodes import Nodes
 
@@ -20,25 +21,24 @@ from fxfuse.reading.nodes import Nodes
 class Movable:
     """What may act elsewhere.
 
-    `commuting` nodes commute with every factor a channel, and those `on_ways` lie between one and a layer. `trees`:
-    for a factor that several layers share, all nodes on its ways. `split`: factors that are absorbed in several
-    places, by the first of them. `unbiased` are dynamic convolutions that could take a shift if they had a bias.
+    `commuting` nodes commute with every factor a channel. `trees`: for a factor that several layers share, all nodes
+    on its ways. `split`: factors that are absorbed in several places, by the first of them. `unbiased` are dynamic
+    convolutions that could take a shift if they had a bias.
     """
 
     commuting: Mapping[Node, Affine] = field(default_factory=dict)
-    on_ways: frozenset[Node] = frozenset()
     trees: Mapping[Node, frozenset[Node]] = field(default_factory=dict)
     split: Mapping[Node, SplitFactors] = field(default_factory=dict)
     unbiased: tuple[Dynamic, ...] = ()
     shuffles: tuple[Shuffle, ...] = ()
 
 
-def find_movable(nodes: Nodes) -> Movable:
-    """All that may act elsewhere, nothing where there is no factor and no shuffle."""
+def find_movable(nodes: Nodes) -> tuple[Movable, dict[Node, Affine]]:
+    """All that may act elsewhere, and the affine nodes with those between a factor and a layer that commute with it."""
     if not candidates(nodes.shapings) and not any(_apart(nodes, affine) for affine in nodes.affine.values()):
-        return Movable()
-    steps = dict[Node, Affine]()
-    for node in nodes.captured.graph.nodes:
+        return Movable(), nodes.affine
+    graph, steps = nodes.captured.graph, dict[Node, Affine]()
+    for node in graph.nodes:
         if node in nodes.constants:
             continue
         call = nodes.shapings.get(node) or nodes.calls.get(node)
@@ -47,14 +47,15 @@ def find_movable(nodes: Nodes) -> Movable:
             steps[node] = affine  # what is written in place cannot stand in two places
     on_ways, trees = find_ways(steps, nodes.readers)
     dynamic = DynamicConvs(nodes, steps)
-    return Movable(
+    movable = Movable(
         commuting={n: a for n, a in steps.items() if a.op.kind == "carry"},
-        on_ways=frozenset(on_ways),
         trees=trees,
         split=after_joins(nodes) | dynamic.split_factors() | before_concats(nodes),
         unbiased=tuple(dynamic.unbiased()),
         shuffles=tuple(find_shuffles(nodes)),
     )
+    chosen = nodes.affine.keys() | on_ways
+    return movable, {n: nodes.affine.get(n) or steps[n] for n in graph.nodes if n in chosen}
 
 
 def _apart(nodes: Nodes, affine: Affine) -> bool:

@@ -1,4 +1,8 @@
-"""`x[:, self.order]`: channels taken by a constant tensor of indices, and what that tensor holds."""
+"""`x[:, self.order]`: channels taken by a constant tensor of indices, which a layer takes where it would take a list.
+
+What such a tensor holds decides the plan, where other weights only decide numbers. So the graph it is written into
+notes what it held (`Captured.held`), and whoever gives that graph new weights compares first.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ which a neighbouring layer takes into its weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
@@ -23,20 +23,11 @@ from fxfuse.reading.nodes import Nodes
 _OPENS, _CLOSES = ("reshape", "unflatten"), ("reshape", "flatten")
 
 
-@dataclass(frozen=True)
-class Shuffle:
-    """A shuffle of `channels` channels in `groups` groups: its input, and its nodes in order."""
+class Shuffle(NamedTuple):
+    """A shuffle of the channels in `groups` groups, as a permutation of several nodes."""
 
-    source: Node
-    nodes: tuple[Node, ...]
+    permutation: Permutation
     groups: int
-    channels: int
-    spatial: int
-
-    @property
-    def permutation(self) -> Permutation:
-        reads = shuffled(self.channels, self.groups)
-        return Permutation(self.nodes, self.source, reads, self.spatial, plain=False)
 
 
 def candidates(shapings: Mapping[Node, Call]) -> list[Node]:
@@ -82,4 +73,5 @@ def _read(transpose: Node, shapings: Mapping[Node, Call], dims: Dims) -> Shuffle
         return None
     if order_of(shapings[transpose], len(opened)) != swap:
         return None
-    return Shuffle(source, tuple(nodes), groups.factor, x[1].factor, len(x) - 2)
+    reads = shuffled(x[1].factor, groups.factor)
+    return Shuffle(Permutation(tuple(nodes), source, reads, len(x) - 2, plain=False), groups.factor)
