@@ -27,7 +27,7 @@ class ConvBN(Pattern):
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
         kinds = {f.kind, g.kind}
-        return "scale" in kinds and kinds <= {"scale", "conv"} and g.law != "spread"
+        return "scale" in kinds and kinds <= {"scale", "conv"} and g.law != "repeated"
 
     examples = (
         Example(

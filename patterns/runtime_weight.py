@@ -44,7 +44,7 @@ class RuntimeWeight(Pattern):
     refused_when = "the weight is not a product with a constant bank, or something else reads what lies between"
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
-        return g.law == "spread" or (f.kind == "warp" and g.kind == "scale")
+        return g.law == "repeated" or (f.kind == "warp" and g.kind == "scale")
 
     examples = (
         Example("batch norm after a dynamic convolution", _Mixed, (3, 4, 6, 5)),

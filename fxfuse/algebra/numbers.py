@@ -81,14 +81,14 @@ def _factor(op: Operator, factor: Tensor, shift: Tensor | None) -> Numbers:
     return Numbers.of(factor.reshape(op.out_channels, 1, *op.kernel), shift)
 
 
-def _portion(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
+def _share(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     """A run of the channels of a factor, with or without its shift."""
     weight, bias = parts[0].weight(), parts[0].bias
     run = slice(*op.const("rows")) if op.const("rows") else slice(None)
     return _factor(op, weight[run], bias[run] if op.bias and bias is not None else None)
 
 
-def _wider(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
+def _embedded(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     """A factor on a run of channels, from `start`, as one on more channels."""
     weight, bias = parts[0].weight(), parts[0].bias
     run = slice(op.const("start"), op.const("start") + len(weight))
@@ -164,5 +164,5 @@ LAWS: dict[str, Callable[[Operator, list[Numbers], Values], Numbers]] = {
     "conv": _conv, "product": _product, "batch_norm": _batch_norm, "scale": _scale,
     "pool": _mean, "identity": _mean, "pad": _mean, "select": _mean,
     "compose": chain, "sum": _sum, "concat": _concat, "rows": _rows, "dense": _dense,
-    "portion": _portion, "placed": _wider, "spread": _repeated, "unbiased": _unbiased,
+    "share": _share, "embedded": _embedded, "repeated": _repeated, "unbiased": _unbiased,
 }  # fmt: skip

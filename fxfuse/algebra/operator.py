@@ -92,7 +92,7 @@ class Operator:
     def keeps_size(self) -> bool:
         """Whether its output has the size of its input, whatever that is."""
         if self.kind == "identity" or self.spatial is None:
-            return self.kind != "carry"
+            return self.kind != "commuting"
         whole = self.in_channels == self.out_channels and self.reads is None and not self.transposed
         geometry = zip(self.kernel, self.stride, self.dilation, self.padding, strict=True)
         return whole and all(s == 1 and sum(p) == d * (k - 1) for k, s, d, p in geometry)

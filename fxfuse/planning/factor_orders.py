@@ -1,9 +1,9 @@
 """Orders of a chain in which a factor stands beside the layer that can absorb it.
 
-    layer -> carry -> factor => layer -> factor' -> carry;  factor -> carry -> layer => carry -> factor' -> layer
+    layer -> reshape -> factor => layer -> factor' -> reshape;  factor -> mean -> layer => mean -> factor' -> layer
 
-A carry treats every channel alike, so the two commute; the factor acts on the axis that the carry moves its own
-to. Carries that undo each other, once nothing is left between them, are the identity.
+A reshape, permutation or average treats every channel alike, so it commutes with a factor, which acts on the axis
+that its own is moved to. Those that undo each other, once nothing is left between them, are the identity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Part = Step | Join
 
 def orders(parts: list[Part], view: View) -> Iterator[list[Part]]:
     """Other orders of `parts` that compute the same: factors moved up where a layer is, else down; or reversed."""
-    if not any(isinstance(p, Step) and p.op.kind in ("carry", "pool") for p in parts):
+    if not any(isinstance(p, Step) and p.op.kind in ("commuting", "pool") for p in parts):
         return
     found = [parts]
     for up in (True, False):
@@ -69,7 +69,7 @@ def factors_first(run: Sequence[Step], order: Order | None) -> list[Step]:
             order = order_after(order, step.op)
             if other is not None and other.moved and step.op.law == "batch_norm":
                 keeps = norm_keeps(order, (step.op.spatial or 0) + 2)
-                other = None if keeps is None else replace(other, lay=not keeps)
+                other = None if keeps is None else replace(other, contiguous=not keeps)
                 order = order if keeps else ROWS
         if other is not None:
             first.append(other)
@@ -89,7 +89,7 @@ def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
         axes = axes_of(other)
         if other.kind == "pool" and axis != -(other.spatial or 0) - 1:
             return None
-        if other.kind == "carry" and other.const("how") == "unflatten" and not up:
+        if other.kind == "commuting" and other.const("how") == "unflatten" and not up:
             return None  # it is a view, which not every order in memory allows
         if axes is not None:
             found = axes.get(axis) if up else next((o for o, i in axes.items() if i == axis), None)
@@ -100,23 +100,23 @@ def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
 
 
 def _rows_only(run: Sequence[Step], layer: Part) -> bool:
-    """Whether everything in a run lies in row-major order, so that nothing changes if carries in it vanish."""
+    """Whether everything in a run lies in row-major order, so that nothing changes if reshapes in it vanish."""
     first = order_of_layer(first_spatial(layer))
     found = [*accumulate(run, lambda order, step: order_after(order, step.op), initial=first)]
     return all(order == ROWS for order in found[1:] or found)
 
 
 def _without_detours(run: list[Step], settled: bool, view: View) -> list[Step]:
-    """Carries that undo each other as one step that is the identity, if nobody else reads a value between them."""
+    """Rearrangements that undo each other as one step that is the identity, if nobody else reads between them."""
     inside = {n for s in run for n in part_nodes(s)}
     for first, step in enumerate(run):
-        turns = []
+        moves = []
         for last in range(first, len(run)):
-            if run[last].op.kind != "carry" or (turn := run[last].op.const("turn")) is None:
+            if run[last].op.kind != "commuting" or (move := run[last].op.const("rearrangement")) is None:
                 break
-            turns.append(turn)
+            moves.append(move)
             end = run[last].node
-            if last > first and undone(turns) and step.node is not None and end is not None:
+            if last > first and undone(moves) and step.node is not None and end is not None:
                 between = _between(step.node, end, inside)
                 if all(set(n.users) <= inside and _free(n, True, view) for n in between) and _free(end, settled, view):
                     others = tuple(s.node for s in run[first:last] if s.node is not None)

@@ -86,7 +86,7 @@ class Fusing:
     def combine(self, relation: str, f: Result, g: Result) -> Result:
         if isinstance(f, Refusal):
             return f
-        if isinstance(g, Refusal) or "carry" not in (f.kind, g.kind):
+        if isinstance(g, Refusal) or "commuting" not in (f.kind, g.kind):
             return g if isinstance(g, Refusal) else self.patterns.combine(relation, f, g)
         return Refusal("a reshape, permutation or average stands between")
 

@@ -26,17 +26,17 @@ def order_after(order: Order, op: Operator) -> Order:
     """The order after a step that a factor can pass."""
     if op.kind == "pool":
         return order if order == ROWS else LAYER if (op.spatial or 0) > 1 else UNKNOWN
-    if op.kind != "carry":
+    if op.kind != "commuting":
         return order
-    how, turn = op.const("how"), op.const("turn")
+    how, move = op.const("how"), op.const("rearrangement")
     if how == "contiguous":
         return ROWS
     if how == "clone":
         return order
     if how == "permute":
-        return _permuted(order, turn[1])
+        return _permuted(order, move[1])
     if how in ("reshape", "unflatten"):
-        return ROWS if order == ROWS or (order == LAYER and _one_value(turn)) else UNKNOWN
+        return ROWS if order == ROWS or (order == LAYER and _one_value(move)) else UNKNOWN
     if how == "average":
         return ROWS if order == ROWS else UNKNOWN
     return order if order == ROWS else LAYER if how != "pool 1" else UNKNOWN
@@ -53,19 +53,19 @@ def norm_keeps(order: Order, rank: int) -> bool | None:
     return None
 
 
-def _permuted(order: Order, turn: tuple[int, ...]) -> Order:
-    """The order of a permuted value: `turn` tells for each axis where it was."""
+def _permuted(order: Order, move: tuple[int, ...]) -> Order:
+    """The order of a permuted value: `move` tells for each axis where it was."""
     if order == ROWS:
-        order = tuple(range(len(turn)))
-    if not isinstance(order, tuple) or len(order) != len(turn):
+        order = tuple(range(len(move)))
+    if not isinstance(order, tuple) or len(order) != len(move):
         return UNKNOWN
-    found = tuple(turn.index(axis) for axis in order)
+    found = tuple(move.index(axis) for axis in order)
     return ROWS if found == tuple(range(len(found))) else found
 
 
-def _one_value(turn: Any) -> bool:
+def _one_value(move: Any) -> bool:
     """Whether a reshape drops nothing but axes of length 1 behind the channels, as after a global pool."""
-    before, after = turn[1], turn[2]
+    before, after = move[1], move[2]
     if not isinstance(before, tuple) or not isinstance(after, tuple):
         return False
     return len(after) == 2 and before[:2] == after and product(before[2:]) == ONE

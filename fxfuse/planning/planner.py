@@ -47,22 +47,22 @@ class Planner:
         """Rounds until every factor that moves is taken by all the layers that it moves to."""
         sites, _ = self._round(frozenset(), frozenset())
         trees, fused = self.view.movable.trees.keys(), self.fused.keys()
-        divided = frozenset(f for f, d in self.view.movable.split.items() if not fused >= {*d.factors})
-        shared = frozenset(trees - fused - divided)
-        left = shared | divided
+        split = frozenset(f for f, d in self.view.movable.split.items() if not fused >= {*d.factors})
+        shared = frozenset(trees - fused - split)
+        left = shared | split
         while left:  # factors that every layer before or after them takes, or none
-            sites, left = self._round(shared, divided)
-            shared, divided = (shared - left) | (divided & left & trees), divided - left
+            sites, left = self._round(shared, split)
+            shared, split = (shared - left) | (split & left & trees), split - left
         told = {n for r in self.refused for n in r.nodes}
         alone = Alone(self.fusing, self.joined, self.fused, told).refusals()
         return Plan(tuple(sites), tuple(dict.fromkeys((*(r.refusal for r in self.refused), *alone))))
 
-    def _round(self, shared: frozenset[Node], divided: frozenset[Node]) -> tuple[list[Site], frozenset[Node]]:
-        """All sites with something to fuse, and those `shared` or `divided` factors that a layer does not take."""
-        chains, sites, left = find(self.view, shared, divided), list[Site](), set[Node]()
+    def _round(self, shared: frozenset[Node], split: frozenset[Node]) -> tuple[list[Site], frozenset[Node]]:
+        """All sites with something to fuse, and those `shared` or `split` factors that a layer does not take."""
+        chains, sites, left = find(self.view, shared, split), list[Site](), set[Node]()
         self.refused, self.fused = [], {}
         self.joined = {n for c in chains for p in c.parts if isinstance(p, Join) for n in part_nodes(p)}
-        divisions = self.view.movable.split
+        split_factors = self.view.movable.split
         roots = {n: first for first in shared for n in self.view.movable.trees[first]}
         absorbed = Counter[Node | None]()  # by the layers, each factor as often as it has moved
         for chain in chains:
@@ -79,5 +79,5 @@ class Planner:
                 sites += [Site(chain.source, best.segments)] if taken else []
                 self.fused |= taken
             left |= {roots[n] for n in stay & roots.keys()}
-        left |= {d for d in divided if min(absorbed[f] for f in divisions[d].factors) < len(divisions[d].shares)}
+        left |= {d for d in split if min(absorbed[f] for f in split_factors[d].factors) < len(split_factors[d].shares)}
         return sites, frozenset(left)

@@ -92,7 +92,7 @@ class Alone:
         parts = [
             layer,
             *takewhile(
-                lambda s: s.op.kind not in ("carry", "pool"), factors_first(run, order_of_layer(layer.op.spatial))
+                lambda s: s.op.kind not in ("commuting", "pool"), factors_first(run, order_of_layer(layer.op.spatial))
             ),
         ]
         while len(parts) > 1 and parts[-1].node is not run[-1].node:

@@ -29,7 +29,7 @@ def in_chain(
     for (left, right), (f, g) in zip(pairwise(cuts), pairwise(stretches), strict=True):
         if isinstance(f, Refusal) or isinstance(g, Refusal):
             continue
-        if not (f.weighted or g.weighted) or {"identity", "carry"} & {f.kind, g.kind}:
+        if not (f.weighted or g.weighted) or {"identity", "commuting"} & {f.kind, g.kind}:
             continue
         parts, tried = chain.parts[left[0] : right[1]], ops[left[0] : right[1]]
         refusal = fusing.combine("chain", f, g)

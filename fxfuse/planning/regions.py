@@ -24,14 +24,14 @@ from fxfuse.reading.view import View
 class Step:
     """One operator; `node` is None for a coefficient that belongs to a join (`a - b`).
 
-    A `moved` step acts at another place than its node, see `factor_orders`; there the values are to `lay` in row-major
-    order, as it gave them. `others` go with the node.
+    A `moved` step acts at another place than its node, see `factor_orders`; there the values are to be `contiguous`, as
+    it gave them. `others` go with the node.
     """
 
     node: Node | None
     op: Operator
     moved: bool = False
-    lay: bool = False
+    contiguous: bool = False
     others: tuple[Node, ...] = ()
 
 
@@ -86,19 +86,19 @@ def exit_of(parts: Iterable[Step | Join]) -> Node:
     return [p.node for p in parts if p.node is not None and not (isinstance(p, Step) and p.moved)][-1]
 
 
-def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[Node] = frozenset()) -> list[Chain]:
+def find(view: View, shared: frozenset[Node] = frozenset(), split: frozenset[Node] = frozenset()) -> list[Chain]:
     """All maximal chains, in execution order of their last node.
 
     Each layer after `shared` factors (roots of `Movable.trees`) has a copy of them in its own chain, and each
-    branch of the join before `divided` ones (of `Movable.split`) its portion.
+    branch of the join before `split` ones (of `Movable.split`) its share.
     """
-    divisions = [view.movable.split[first] for first in divided]
-    gone = {factor: view.affine[d.factors[0]].inputs[0][0] for d in divisions for factor in d.factors}
-    portions, ahead = dict[Node, list[Step]](), dict[Node, list[Step]]()
-    for d in divisions:
+    split_factors = [view.movable.split[first] for first in split]
+    gone = {factor: view.affine[d.factors[0]].inputs[0][0] for d in split_factors for factor in d.factors}
+    shares, ahead = dict[Node, list[Step]](), dict[Node, list[Step]]()
+    for d in split_factors:
         for end, ops in d.shares.items():
             steps = [Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True)]
-            (ahead if d.before else portions).setdefault(end, []).extend(steps)
+            (ahead if d.before else shares).setdefault(end, []).extend(steps)
     copied = {n for root in shared for n in view.movable.trees[root]}
     chains, swallowed = dict[Node, Chain](), set[Node]()
     for node, affine in view.affine.items():
@@ -112,20 +112,20 @@ def find(view: View, shared: frozenset[Node] = frozenset(), divided: frozenset[N
             continue
         if node in shared or affine.inputs[0][0] in copied:
             before = Chain(affine.inputs[0][0], []) if node in shared else chains[affine.inputs[0][0]]
-            chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op), *portions.get(node, [])])
+            chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op), *shares.get(node, [])])
             swallowed.update({node} & copied)
             continue
         if affine.kind == "unary":
             chains[node] = Chain(starts[0].source, starts[0].parts)
             starts[0].parts.extend([] if starts[0].parts else ahead.get(node, []))
-            starts[0].parts.extend((Step(node, affine.op), *portions.get(node, [])))
+            starts[0].parts.extend((Step(node, affine.op), *shares.get(node, [])))
         elif len({c.source for c in starts}) == 1:
             join, source = _join(node, affine, starts, view), starts[0].source
             chains[node] = Chain(source, [join])
             if source in chains and set(view.readers(source)) <= set(part_nodes(join)):
                 chains[node] = Chain(chains[source].source, [*chains[source].parts, join])
                 swallowed.add(source)
-            chains[node].parts.extend(portions.get(node, []))
+            chains[node].parts.extend(shares.get(node, []))
         else:
             continue  # branches of different tensors: each ends here, and the join is opaque
         swallowed.update(s for (s, _), p in zip(affine.inputs, private, strict=True) if p)

@@ -62,15 +62,15 @@ class _Rewriter:
             elif segment.step.node is None:
                 coefficient *= float(segment.step.op.const("factor"))
             else:
-                self._keep_carry(segment.step.node, segments)
+                self._keep_commuting(segment.step.node, segments)
                 value = self.emitter.current(segment.step.node)
         return value, coefficient
 
-    def _keep_carry(self, node: Node, segments: tuple[Segment, ...]) -> None:
-        """If a factor has moved past a carry, check the rank of what it reads, which may lie in any order now."""
+    def _keep_commuting(self, node: Node, segments: tuple[Segment, ...]) -> None:
+        """If a factor has moved past this node, check the rank of what it reads, which may lie in any order now."""
         affine = self.view.affine[node]
         moved = any(isinstance(p, Step) and p.moved for s in segments if isinstance(s, Fuse) for p in s.parts)
-        if affine.op.kind == "carry" and moved:
+        if affine.op.kind == "commuting" and moved:
             node.target = RESHAPES.get(node.target, node.target)
             self.checks.check(self.emitter.current(affine.inputs[0][0]), affine.assumes)
 
@@ -148,7 +148,7 @@ class _Rewriter:
         for step in (s for p in fuse.parts for s in steps_of(p)):
             if step.moved and step.node is not None:
                 value = self.emitter.current(self.view.affine[step.node].inputs[0][0])
-                if step.lay and step.node.users:
+                if step.contiguous and step.node.users:
                     with self.graph.inserting_before(step.node):
                         value = self.graph.call_method("contiguous", (value,))
                     self.emitter.condemned.add(value)  # if nobody reads it in the end

@@ -1,4 +1,4 @@
-"""Nodes that carry every channel alike: reshapes, permutations, averages, resizing.
+"""Nodes that commute with a factor a channel: reshapes, permutations, averages, resizing.
 
 Each value such a node gives is one of its input's, or a mean of some with weights that sum to one, and all from
 the same channel. So it commutes with any factor and shift a channel: batch_norm(flatten(linear(x))) is
@@ -24,12 +24,12 @@ from fxfuse.reading.affine import Affine, layout
 Axes = dict[int, int]
 
 
-def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, Fact]) -> Affine | None:
+def read_commuting(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, Fact]) -> Affine | None:
     """What `node` does to the axes of its input; None where it may treat channels differently.
 
     In the operator `axes` are pairs (axis of the output, axis of the input) from the end, None where all
-    stay; `turn` is how a rearrangement moves values, for another to be recognized as undoing it; `how` names
-    what it does to the order in memory, see `planning.memory_order`.
+    stay; `rearrangement` is how it moves values, for another to be recognized as undoing it; `how` names what
+    it does to the order in memory, see `planning.memory_order`.
     """
     if call is None:
         name = plain(node.target) if node.op == "call_method" or is_aten(node) else ""
@@ -49,9 +49,9 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
         shape = None if spatial is None else dims.filled(source, None, spatial + 2)
     if call.op in RESHAPES:
         after = None if shape is None else dims.reshaped(shape, call)
-        turn = ("reshape", dims.of(source) or source.name, _name(node, call, dims, after if assumes is None else None))
+        move = ("reshape", dims.of(source) or source.name, _name(node, call, dims, after if assumes is None else None))
         axes = {} if shape is None or after is None else kept_axes(shape, after)
-        return _affine(node, source, axes, turn, "unflatten" if call.op == "unflatten" else "reshape", assumes)
+        return _affine(node, source, axes, move, "unflatten" if call.op == "unflatten" else "reshape", assumes)
     if shape is None:
         return None
     if call.op in ("permute", "transpose"):
@@ -64,9 +64,10 @@ def read_carry(node: Node, call: Call | None, dims: Dims, facts: Mapping[Node, F
     return None if averaged is None else _affine(node, source, averaged, None, call.op, assumes)
 
 
-def _affine(node: Node, source: Any, axes: Axes | None, turn: Any, how: str, assumes: int | None = None) -> Affine:
+def _affine(node: Node, source: Any, axes: Axes | None, move: Any, how: str, assumes: int | None = None) -> Affine:
     pairs = None if axes is None else tuple(sorted(axes.items()))
-    op = Operator(kind="carry", law="carry", path=node.name, consts=(("axes", pairs), ("turn", turn), ("how", how)))
+    consts = (("axes", pairs), ("rearrangement", move), ("how", how))
+    op = Operator(kind="commuting", law="commuting", path=node.name, consts=consts)
     return Affine("unary", ((source, 1.0),), op, assumes=assumes)
 
 
@@ -95,11 +96,11 @@ def _averaged(call: Call, rank: int) -> Axes | None:
     return {a if call.args["keepdim"] else a + sum(g > a for g in gone): a for a in left}
 
 
-def undone(turns: list[Any]) -> bool:
+def undone(moves: list[Any]) -> bool:
     """Whether rearrangements, one after the other, leave everything where it was."""
     stack: list[Any] = []
-    for turn in turns:
-        stack.append(turn)
+    for move in moves:
+        stack.append(move)
         while len(stack) > 1 and (both := _joined(stack[-2], stack[-1])) is not None:
             stack[-2:] = [both]
         if stack and _nothing(stack[-1]):
@@ -116,7 +117,7 @@ def _joined(one: Any, two: Any) -> Any:
     return ("permute", tuple(one[1][i] for i in two[1])) if len(one[1]) == len(two[1]) else None
 
 
-def _nothing(turn: Any) -> bool:
-    if turn[0] == "reshape":
-        return bool(turn[1] == turn[2])
-    return bool(turn[1] == tuple(range(len(turn[1]))))
+def _nothing(move: Any) -> bool:
+    if move[0] == "reshape":
+        return bool(move[1] == move[2])
+    return bool(move[1] == tuple(range(len(move[1]))))

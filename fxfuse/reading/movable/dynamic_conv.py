@@ -136,4 +136,4 @@ def repeated(op: Operator, channels: int, each: int, shift: bool = False) -> Ope
     """A factor a channel as one for each of the `each` numbers in a row that make a channel, with or without shift."""
     spatial, times = (None, None) if op.spatial is None else (0, each)
     consts = (("each", times),)
-    return op.on_layout(spatial, channels * each, law="spread", operands=(op,), consts=consts, bias=shift)
+    return op.on_layout(spatial, channels * each, law="repeated", operands=(op,), consts=consts, bias=shift)

@@ -103,4 +103,4 @@ def _share(op: Operator, end: _End) -> Operator:
     """A run of the channels of a factor, with or without its shift."""
     rows = None if op.spatial is None else (end.start, end.start + end.width)
     consts, bias = (("rows", rows),), op.bias and end.shift
-    return op.on_layout(op.spatial, end.width, law="portion", operands=(op,), consts=consts, bias=bias)
+    return op.on_layout(op.spatial, end.width, law="share", operands=(op,), consts=consts, bias=bias)

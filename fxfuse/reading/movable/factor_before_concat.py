@@ -64,4 +64,4 @@ def _embedded(op: Operator, start: int, width: int, layer: Operator) -> Operator
     """A factor on `width` channels as one on all that `layer` reads, of which those are the ones from `start`."""
     own = op.at(layer.spatial or 0, width)
     consts = (("start", start),)
-    return own.on_layout(own.spatial, layer.in_channels, law="placed", operands=(own,), consts=consts)
+    return own.on_layout(own.spatial, layer.in_channels, law="embedded", operands=(own,), consts=consts)

@@ -37,28 +37,28 @@ def find_ways(
                 seen.add(source)
                 on_ways.add(source)
                 source = steps[source].inputs[0][0]
-            while len(read[node]) == 1 and (node := read[node][0]) in steps and steps[node].op.kind == "carry":
+            while len(read[node]) == 1 and (node := read[node][0]) in steps and steps[node].op.kind == "commuting":
                 on_ways.add(node)  # it may undo what came before
         elif axis in down[affine.op.bias][node]:
             tree = _tree(node, steps, read)
             seen |= tree
             on_ways |= tree
-            while source in steps and steps[source].op.kind == "carry" and len(read[source]) == 1:
+            while source in steps and steps[source].op.kind == "commuting" and len(read[source]) == 1:
                 on_ways.add(source)
                 source = steps[source].inputs[0][0]
             if any(len(read[n]) > 1 for n in tree):
                 trees[node] = tree
-    return {n for n in on_ways if steps[n].op.kind == "carry"}, trees
+    return {n for n in on_ways if steps[n].op.kind == "commuting"}, trees
 
 
 def passes(op: Operator) -> bool:
     """Whether a factor and shift a channel can move past `op`: its weights sum to one, or it is such a one itself."""
-    return op.kind in ("scale", "identity", "carry") or (op.kind == "pool" and not op.pads)
+    return op.kind in ("scale", "identity", "commuting") or (op.kind == "pool" and not op.pads)
 
 
 def axes_of(op: Operator) -> dict[int, int] | None:
-    """For each axis of a carry's output the axis of its input; None where all stay."""
-    pairs = op.const("axes") if op.kind == "carry" else None
+    """For each axis of a commuting node's output the axis of its input; None where all stay."""
+    pairs = op.const("axes") if op.kind == "commuting" else None
     return None if pairs is None else dict(pairs)
 
 

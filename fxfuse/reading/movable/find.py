@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from fxfuse.reading.affine import Affine
-from fxfuse.reading.movable.commuting import read_carry
+from fxfuse.reading.movable.commuting import read_commuting
 from fxfuse.reading.movable.dynamic_conv import Dynamic, DynamicConvs
 from fxfuse.reading.movable.factor_after_join import SplitFactors, after_joins
 from fxfuse.reading.movable.factor_before_concat import before_concats
@@ -42,13 +42,13 @@ def find_movable(nodes: Nodes) -> tuple[Movable, dict[Node, Affine]]:
         if node in nodes.constants:
             continue
         call = nodes.shapings.get(node) or nodes.calls.get(node)
-        affine = nodes.affine.get(node) or read_carry(node, call, nodes.dims, nodes.facts)
+        affine = nodes.affine.get(node) or read_commuting(node, call, nodes.dims, nodes.facts)
         if affine is not None and affine.kind == "unary" and node not in nodes.effects.writes:
             steps[node] = affine  # what is written in place cannot stand in two places
     on_ways, trees = find_ways(steps, nodes.readers)
     dynamic = DynamicConvs(nodes, steps)
     movable = Movable(
-        commuting={n: a for n, a in steps.items() if a.op.kind == "carry"},
+        commuting={n: a for n, a in steps.items() if a.op.kind == "commuting"},
         trees=trees,
         split=after_joins(nodes) | dynamic.split_factors() | before_concats(nodes),
         unbiased=tuple(dynamic.unbiased()),
