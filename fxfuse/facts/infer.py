@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from fxfuse.facts import ranks
 from fxfuse.facts.dtypes import find_dtypes
 from fxfuse.facts.fact import Fact, fact_of, known, of_shape, same_rank, same_shape
-from fxfuse.names import plain
+from fxfuse.names import torch_name
 from fxfuse.ops.call import Call
 from fxfuse.ops.elementwise import elementwise
 from fxfuse.ops.index_lists import pick
@@ -169,10 +169,10 @@ def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None
 
 def _relate_item(call: Call, pieces: Call | None, source: Node, out: Fact, facts: Mapping[Node, Fact]) -> None:
     index = call.args["index"]
-    asked = plain(source.target) if source.op in ("call_function", "call_method") else ""
+    asked = torch_name(source)
     if asked in ("chunk", "split", "tensor_split", "unbind"):
-        tensor = source.args[0] if source.args else source.kwargs.get("input")
-        if isinstance(tensor, Node) and isinstance(index, int):
+        tensor = next(iter(source.all_input_nodes), None)
+        if tensor is not None and isinstance(index, int):
             ranks.offset(facts[tensor], out, -(asked == "unbind"))
             if pieces is not None and pieces.op in ("chunk", "split"):
                 _relate_piece(pieces, index, facts[tensor], out)

@@ -98,7 +98,7 @@ class Dims:
             if call is None and elementwise(node, modules):
                 call = Call("same", {"input": node.args[0]})
             elif call is None and (spatial := pooled(node, modules)):
-                call = Call("avg_pool", {"input": node.args[0]}, spatial)
+                call = Call("avg_pool", {"input": node.all_input_nodes[0]}, spatial)
             fact = facts[node].sure or facts[node]
             if fact.rank is None:
                 continue
@@ -243,9 +243,10 @@ class Dims:
         source = args[0] if args else None
         if node.target is getattr or plain(node.target) in SIZE:
             shape = self.of(source)
-            if shape is not None and (node.target is getattr or len(args) == 1):
+            dims = () if node.target is getattr else (*args[1:], *node.kwargs.values())  # x.size(dim=0)
+            if shape is not None and not dims:
                 self.values[node] = shape
-            elif shape is not None and (index := _index(args[1], len(shape))) is not None:
+            elif shape is not None and (index := _index(dims[0], len(shape))) is not None:
                 self.values[node] = shape[index]
             return
         found = self._known(source)

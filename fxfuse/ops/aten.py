@@ -86,8 +86,13 @@ def views(node: Any) -> list[Node]:
     found = []
     while isinstance(node, Node) and is_aten(node) and plain(node.target) in ("slice", "alias"):
         found.append(node)
-        node = node.args[0]
+        node = _read(node)
     return found
+
+
+def _read(node: Node) -> Any:
+    """The tensor that an operator reads first."""
+    return (bound(node) or {}).get("self")
 
 
 def whole_slice(node: Node) -> bool:
@@ -113,8 +118,8 @@ def _assignment(node: Node, args: dict[str, Any]) -> Call | None:
     index = tuple(cuts.get(d, slice(None)) for d in range(max(cuts) + 1))
     value = args.get("value", args.get("src"))
     while isinstance(value, Node) and is_aten(value) and plain(value.target) in ("expand", "expand_as"):
-        value = value.args[0]  # a copy broadcasts by itself
-    return Call("setitem", {"input": chain[-1].args[0], "index": index, "value": value}, inplace=True)
+        value = _read(value)  # a copy broadcasts by itself
+    return Call("setitem", {"input": _read(chain[-1]), "index": index, "value": value}, inplace=True)
 
 
 def _cut(args: Mapping[str, Any]) -> slice | None:

@@ -44,7 +44,7 @@ def rank_check(node: Node) -> tuple[Node, int] | None:
     """(tensor, rank) of `assert x.ndim == rank`, also spelled `x.dim() == rank`; None for any other node."""
     if node.op != "call_function" or plain(node.target) != "_assert":
         return None
-    condition = node.args[0]
+    condition = node.args[0] if node.args else None
     if not isinstance(condition, Node) or condition.target is not operator.eq:
         return None
     asked, rank = condition.args[:2]

@@ -8,6 +8,7 @@ What a module call does beyond its forward (hooks, another forward) makes it no 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ for _long, _short in (("multiply", "mul"), ("subtract", "sub"), ("divide", "div"
     METHODS[_long + "_"] = METHODS[_short + "_"]
 
 
-def read(node: Node, modules: dict[str, nn.Module], attr: Any) -> Call | None:
+def read(node: Node, modules: Mapping[str, nn.Module], attr: Any) -> Call | None:
     """The canonical call behind `node`, or None for what fxfuse has no name for.
 
     `attr(path)` gives the constant for a module's parameter or buffer.

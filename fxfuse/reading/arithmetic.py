@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import IDENTITY, pointwise, shuffled
-from fxfuse.names import plain
+from fxfuse.names import torch_name
 from fxfuse.ops.call import PIECES, Call
 from fxfuse.ops.index_lists import Pick, pick
+from fxfuse.ops.spellings import read
 from fxfuse.reading.affine import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data, ints, layout
 from fxfuse.refusal import Refusal
 
@@ -114,8 +116,7 @@ def _selected(
 
 def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
     source, index = data(call), call.args["index"]
-    cut_up = source.op in ("call_function", "call_method") and plain(source.target) in PIECES
-    if cut_up and isinstance(index, int):
+    if torch_name(source) in PIECES and isinstance(index, int):
         return _piece(source, index, facts, node)
     if (picked := pick(index)) is not None:
         return _picked(source, picked, facts, node)
@@ -143,14 +144,12 @@ def _picked(source: Node, picked: Pick, facts: Facts, node: Node) -> Affine:
 
 def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
     """One output of chunk or split along the channels."""
-    names = ("input", "sizes", "dim")
-    bound = {"dim": 0, **dict(zip(names, chunks.args, strict=False)), **chunks.kwargs}
-    source = bound.get("input", bound.get("self"))
-    sizes = next((bound[n] for n in ("sizes", "chunks", "split_size", "split_sizes") if n in bound), None)
-    if not isinstance(source, Node):
+    call = read(chunks, {}, None)
+    if call is None or call.op not in ("chunk", "split"):
         raise Unknown
-    spatial, assumes = axis_layout(facts[source], bound["dim"])
-    chunk = plain(chunks.target) == "chunk"
+    source, chunk = data(call), call.op == "chunk"
+    sizes = call.args["chunks" if chunk else "split_size"]
+    spatial, assumes = axis_layout(facts[source], call.args["dim"])
     channels = facts[source].channels(spatial)
     if channels is None and chunk and isinstance(sizes, int):
         channels = _whole(chunks, sizes, -spatial - 1, facts)
@@ -172,7 +171,7 @@ def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
 
 def _whole(chunks: Node, count: int, axis: int, facts: Facts) -> int | None:
     """Channels of a chunked tensor, from what its pieces are fed to, where all are known."""
-    pieces = [u for u in chunks.users if getattr(u.target, "__name__", "") == "getitem"]
+    pieces = [u for u in chunks.users if u.target is operator.getitem]
     sizes = {u.args[1]: facts[u].channels(-axis - 1) for u in pieces}
     known = [s for i, s in sizes.items() if isinstance(i, int) and s is not None]
     return sum(known) if len(known) == count == len(sizes) else None

@@ -18,6 +18,7 @@ from fxfuse.attributes import owner_of, tensor_at
 from fxfuse.names import operator_name, plain
 from fxfuse.ops import schema
 from fxfuse.ops.modules import has_hooks
+from fxfuse.ops.spellings import read
 from fxfuse.reading.effects import Effects
 
 _IMPURE = re.compile(
@@ -73,7 +74,8 @@ def _pure(node: Node) -> bool:
         statistics = values is None or any(values.get(n) is not None for n in ("running_mean", "running_var"))
         return schema.pure(node) and not statistics
     if name == "batch_norm":  # weight standardisation calls it without running statistics
-        return len(node.args) > 2 and node.args[1] is None and node.args[2] is None
+        call = read(node, {}, None)
+        return call is not None and call.args["running_mean"] is None and call.args["running_var"] is None
     module = getattr(node.target, "__module__", None) or "torch"
     return node.op == "call_method" or module.split(".")[0] in ("torch", "_operator", "builtins", "math")
 
