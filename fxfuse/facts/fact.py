@@ -88,6 +88,22 @@ def same_shape(a: Fact, b: Fact) -> None:
         b.axes.update(a.axes)
 
 
+def offset(x: Fact, out: Fact, more: int) -> None:
+    """`out` has `more` dims than `x`."""
+    out.at_least(x.low + more)
+    out.at_most(x.high + more)
+    x.at_least(out.low - more)
+    x.at_most(out.high - more)
+
+
+def link(x: Fact, out: Fact, axes: Mapping[int, int]) -> None:
+    """Axis o of `out` has the size of axis i of `x`, for each o: i."""
+    for o, i in axes.items():
+        size = x.axes.get(i, out.axes.get(o))
+        if size is not None:
+            x.axes[i] = out.axes[o] = size
+
+
 def of_shape(shape: tuple[int, ...]) -> Fact:
     return Fact(len(shape), len(shape), {i - len(shape): int(n) for i, n in enumerate(shape)})
 

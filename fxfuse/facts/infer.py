@@ -15,8 +15,9 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fxfuse.facts import ranks
+from fxfuse.facts.broadcasting import OF_SEVERAL
 from fxfuse.facts.dtypes import find_dtypes
-from fxfuse.facts.fact import Fact, fact_of, known, of_shape, same_rank, same_shape
+from fxfuse.facts.fact import Fact, fact_of, known, of_shape, offset, same_rank, same_shape
 from fxfuse.names import torch_name
 from fxfuse.ops.call import Call
 from fxfuse.ops.elementwise import elementwise
@@ -71,11 +72,8 @@ def _relate(node: Node, calls: Mapping[Node, Call], facts: dict[Node, Fact], mod
         _relate_other(node, out, facts, modules)
         return
     source = call.args.get("input")
-    if call.op == "cat":
-        _relate_cat(call, out, facts)
-        return
-    if call.op in ("add", "sub", "mul", "div"):
-        _relate_broadcast(call, out, facts)
+    if call.op in OF_SEVERAL:
+        OF_SEVERAL[call.op](call, out, facts)
         return
     if not isinstance(source, Node):
         return
@@ -146,34 +144,13 @@ def _spatial(x: Fact, out: Fact, spatial: int, channels: bool = False) -> None:
             x.axes[axis] = out.axes[axis] = size
 
 
-def _relate_broadcast(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
-    sides = [fact_of(call.args[n], facts) for n in ("input", "other")]
-    known = [f for f in sides if f is not None and f.high > 0]
-    if len(known) == 1:  # the other is a number
-        same_shape(known[0], out)
-        return
-    if len(known) < 2:
-        return
-    out.at_least(max(f.low for f in known))
-    out.at_most(max(f.high for f in known))
-    for fact in known:
-        fact.at_most(out.high)
-    for axis in {a for f in known for a in f.axes}:
-        sizes = [f.axes.get(axis) for f in known]
-        wide = [s for s in sizes if s is not None and s != 1]
-        if wide:
-            out.axes[axis] = wide[0]
-        elif all(s == 1 for s in sizes):
-            out.axes[axis] = 1
-
-
 def _relate_item(call: Call, pieces: Call | None, source: Node, out: Fact, facts: Mapping[Node, Fact]) -> None:
     index = call.args["index"]
     asked = torch_name(source)
     if asked in ("chunk", "split", "tensor_split", "unbind"):
         tensor = next(iter(source.all_input_nodes), None)
         if tensor is not None and isinstance(index, int):
-            ranks.offset(facts[tensor], out, -(asked == "unbind"))
+            offset(facts[tensor], out, -(asked == "unbind"))
             if pieces is not None and pieces.op in ("chunk", "split"):
                 _relate_piece(pieces, index, facts[tensor], out)
     elif isinstance(index, tuple) and all(isinstance(i, slice) for i in index):
@@ -219,23 +196,6 @@ def _relate_piece(call: Call, index: Any, x: Fact, out: Fact) -> None:
         sizes = [min(size, whole - i) for i in range(0, whole, size)]
     listed = isinstance(sizes, (list, tuple)) and isinstance(index, int) and -len(sizes) <= index < len(sizes)
     _relate_part(dim, sizes[index] if listed else None, x, out)
-
-
-def _relate_cat(call: Call, out: Fact, facts: Mapping[Node, Fact]) -> None:
-    tensors = call.args["tensors"]
-    if not isinstance(tensors, (tuple, list)):
-        return
-    parts = [facts[t] for t in tensors if isinstance(t, Node)]
-    for part in parts:
-        same_rank(part, out)
-    for part in parts:
-        same_rank(part, out)
-    dim, rank = call.args["dim"], out.likely
-    axis = dim - rank if isinstance(dim, int) and dim >= 0 and rank is not None else out.axis(dim)
-    if axis is not None and parts and len(parts) == len(tensors):
-        sizes = [p.axes.get(axis) for p in parts]
-        if all(s is not None for s in sizes):
-            out.axes[axis] = sum(s for s in sizes if s is not None)
 
 
 def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Mapping[str, nn.Module]) -> None:

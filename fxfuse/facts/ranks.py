@@ -1,4 +1,4 @@
-"""How operations without weights relate the ranks and sizes of what they read and give.
+"""How operations of one tensor, without weights, relate the ranks and sizes of what they read and give.
 
 Every relation holds for each input that the operation accepts, and works both ways: `x.mean((2, 3))` has two
 dims fewer than x, and x two more than it. What would depend on a size or a rank that is not known says nothing.
@@ -6,22 +6,21 @@ dims fewer than x, and x two more than it. What would depend on a size or a rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Node
 
-from fxfuse.facts.fact import Fact, fact_of, same_rank, same_shape
+from fxfuse.facts.broadcasting import OF_SEVERAL, Facts
+from fxfuse.facts.fact import Fact, link, offset, same_rank, same_shape
 from fxfuse.ops.call import Call
 from fxfuse.ops.movement import ints_of
-
-Facts = Mapping[Node, Fact]
 
 
 def relate(call: Call, out: Fact, facts: Facts) -> None:
     """Let the facts of the inputs and of the output of a `shaping` call learn from each other."""
-    if call.op in _OF_SEVERAL:
-        _OF_SEVERAL[call.op](call, out, facts)
+    if call.op in OF_SEVERAL:
+        OF_SEVERAL[call.op](call, out, facts)
     elif call.op in _OF_ONE and isinstance(source := call.args["input"], Node):
         _OF_ONE[call.op](call, facts[source], out)
     if call.op in ("reshape", "expand", "repeat"):
@@ -37,22 +36,6 @@ def relate_index(index: Any, x: Fact, out: Fact) -> None:
         return  # perhaps no tensor at all, or indexed by one
     x.at_least(taken)
     offset(x, out, sum(i is None for i in items) - numbers)
-
-
-def offset(x: Fact, out: Fact, more: int) -> None:
-    """`out` has `more` dims than `x`."""
-    out.at_least(x.low + more)
-    out.at_most(x.high + more)
-    x.at_least(out.low - more)
-    x.at_most(out.high - more)
-
-
-def _link(x: Fact, out: Fact, axes: Mapping[int, int]) -> None:
-    """Axis o of `out` has the size of axis i of `x`, for each o: i."""
-    for o, i in axes.items():
-        size = x.axes.get(i, out.axes.get(o))
-        if size is not None:
-            x.axes[i] = out.axes[o] = size
 
 
 def _known(x: Fact, out: Fact) -> range:
@@ -91,7 +74,7 @@ def _flatten(call: Call, x: Fact, out: Fact) -> None:
         offset(x, out, start - end)
     first, last = x.axis(start), x.axis(end)
     if last is not None:
-        _link(x, out, {a: a for a in range(last + 1, 0)})
+        link(x, out, {a: a for a in range(last + 1, 0)})
     if first is None or last is None:
         return
     sizes = [x.axes.get(a) for a in range(first, last + 1)]
@@ -101,7 +84,7 @@ def _flatten(call: Call, x: Fact, out: Fact) -> None:
             size *= s or 0
         out.axes[last] = size
     if x.rank is not None:
-        _link(x, out, {a + last - first: a for a in range(-x.rank, first)})
+        link(x, out, {a + last - first: a for a in range(-x.rank, first)})
 
 
 def _unflatten(call: Call, x: Fact, out: Fact) -> None:
@@ -112,7 +95,7 @@ def _unflatten(call: Call, x: Fact, out: Fact) -> None:
     offset(x, out, len(sizes) - 1)
     axis = x.axis(dim)
     if axis is not None:
-        _link(x, out, {a: a for a in range(axis + 1, 0)})
+        link(x, out, {a: a for a in range(axis + 1, 0)})
         known = {axis + 1 - len(sizes) + i: n for i, n in enumerate(sizes) if isinstance(n, int) and n >= 0}
         out.axes.update(known)
 
@@ -125,7 +108,7 @@ def _permute(call: Call, x: Fact, out: Fact) -> None:
         fact.at_least(len(order))
         fact.at_most(len(order))
     if (dims := ints_of(order)) is not None:
-        _link(x, out, {o - len(dims): i if i < 0 else i - len(dims) for o, i in enumerate(dims)})
+        link(x, out, {o - len(dims): i if i < 0 else i - len(dims) for o, i in enumerate(dims)})
 
 
 def _transpose(call: Call, x: Fact, out: Fact) -> None:
@@ -136,7 +119,7 @@ def _transpose(call: Call, x: Fact, out: Fact) -> None:
     pair = tuple(x.axis(call.args[n]) for n in ("dim0", "dim1"))
     if None not in pair:
         swapped = dict(zip(pair, pair[::-1], strict=True))
-        _link(x, out, {a: swapped.get(a, a) or a for a in {*_known(x, out), *(p for p in pair if p)}})
+        link(x, out, {a: swapped.get(a, a) or a for a in {*_known(x, out), *(p for p in pair if p)}})
 
 
 def _reduce(call: Call, x: Fact, out: Fact) -> None:
@@ -162,10 +145,10 @@ def _reduce(call: Call, x: Fact, out: Fact) -> None:
         return
     left = [a for a in _known(x, out) if a not in reduced]
     if keep:
-        _link(x, out, {a: a for a in left})
+        link(x, out, {a: a for a in left})
         out.axes.update(dict.fromkeys(reduced, 1))
     else:
-        _link(x, out, {a + sum(r > a for r in reduced): a for a in left})
+        link(x, out, {a + sum(r > a for r in reduced): a for a in left})
 
 
 def _needed(dims: tuple[int, ...]) -> int:
@@ -177,7 +160,7 @@ def _unsqueeze(call: Call, x: Fact, out: Fact) -> None:
     offset(x, out, 1)
     axis = out.axis(call.args["dim"])
     if axis is not None:
-        _link(x, out, {a if a > axis else a - 1: a for a in _known(x, out) if a - 1 != axis or a > axis})
+        link(x, out, {a if a > axis else a - 1: a for a in _known(x, out) if a - 1 != axis or a > axis})
         out.axes[axis] = 1
 
 
@@ -195,7 +178,7 @@ def _squeeze(call: Call, x: Fact, out: Fact) -> None:
     gone = {a for a, n in zip(axes, sizes, strict=True) if n == 1 and a is not None}
     x.at_least(-min(gone, default=0))
     offset(x, out, -len(gone))
-    _link(x, out, {a + sum(g > a for g in gone): a for a in _known(x, out) if a not in gone})
+    link(x, out, {a + sum(g > a for g in gone): a for a in _known(x, out) if a not in gone})
 
 
 def _adaptive(call: Call, x: Fact, out: Fact) -> None:
@@ -205,7 +188,7 @@ def _adaptive(call: Call, x: Fact, out: Fact) -> None:
     x.at_least(spatial + 1 - mean)
     x.at_most(99 if mean or not isinstance(sizes, (tuple, list)) else spatial + 2)
     same_rank(x, out)
-    _link(x, out, {-spatial - 1: -spatial - 1})
+    link(x, out, {-spatial - 1: -spatial - 1})
     if isinstance(sizes, (tuple, list)) and len(sizes) == spatial:
         out.axes.update({i - spatial: n for i, n in enumerate(sizes) if isinstance(n, int)})
 
@@ -215,7 +198,7 @@ def _interpolate(call: Call, x: Fact, out: Fact) -> None:
     x.at_most(5)
     same_rank(x, out)
     if x.rank is not None:
-        _link(x, out, {a: a for a in (-x.rank, 1 - x.rank)})
+        link(x, out, {a: a for a in (-x.rank, 1 - x.rank)})
 
 
 def _select(call: Call, x: Fact, out: Fact) -> None:
@@ -271,80 +254,3 @@ def _shape_of(node: Node) -> Node | None:
     asks |= node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
     tensor = node.args[0] if asks else None
     return tensor if isinstance(tensor, Node) else None
-
-
-def _like(call: Call, out: Fact, facts: Facts) -> None:
-    other = fact_of(call.args["other"], facts)
-    if other is not None:
-        same_shape(other, out)
-
-
-def _matmul(call: Call, out: Fact, facts: Facts) -> None:
-    a, b = (fact_of(call.args[n], facts) for n in ("input", "other"))
-    if a is None or b is None or a.low < 2 or b.low < 2:
-        return
-    _widest(out, [a, b])
-    _link(a, out, {-2: -2})
-    _link(b, out, {-1: -1})
-
-
-def _bmm(call: Call, out: Fact, facts: Facts) -> None:
-    for fact in (fact_of(call.args["input"], facts), fact_of(call.args["other"], facts), out):
-        if fact is not None:
-            fact.at_least(3)
-            fact.at_most(3)
-    _matmul(call, out, facts)
-
-
-def _attention(call: Call, out: Fact, facts: Facts) -> None:
-    parts = [fact_of(call.args[n], facts) for n in ("input", "key", "value")]
-    known = [f for f in parts if f is not None]
-    if len(known) < 3:
-        return
-    for fact in known:
-        fact.at_least(2)
-    _widest(out, known)
-    _link(known[0], out, {-2: -2})
-    _link(known[2], out, {-1: -1})
-
-
-def _where(call: Call, out: Fact, facts: Facts) -> None:
-    known = [f for n in ("condition", "input", "other") if (f := fact_of(call.args[n], facts)) is not None]
-    if known:
-        _widest(out, known)
-
-
-def _widest(out: Fact, parts: list[Fact]) -> None:
-    """Parts that broadcast: the result has as many dims as the one that has most."""
-    out.at_least(max(f.low for f in parts))
-    out.at_most(max(f.high for f in parts))
-    for fact in parts:
-        fact.at_most(out.high)
-
-
-def _stack(call: Call, out: Fact, facts: Facts) -> None:
-    tensors = call.args["tensors"]
-    for tensor in tensors if isinstance(tensors, (tuple, list)) else ():
-        if isinstance(tensor, Node):
-            offset(facts[tensor], out, 1)
-
-
-def _embedding(call: Call, out: Fact, facts: Facts) -> None:
-    index, weight = call.args["index"], fact_of(call.args.get("weight"), facts)
-    if isinstance(index, Node):
-        offset(facts[index], out, 1)
-    width = call.args.get("width") if weight is None else weight.axes.get(-1)
-    if isinstance(width, int):
-        out.axes[-1] = width
-
-
-_OF_SEVERAL: dict[str, Callable[[Call, Fact, Facts], None]] = {
-    "like": _like,
-    "expand_like": _like,
-    "matmul": _matmul,
-    "bmm": _bmm,
-    "attention": _attention,
-    "where": _where,
-    "stack": _stack,
-    "embedding": _embedding,
-}
