@@ -7,6 +7,7 @@ torchvision is imported only where a model has brought it.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,12 +15,15 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from fxfuse.names import plain
-from fxfuse.ops.call import Call
+from fxfuse.ops.call import Call, signature
 
 NAME = "deform_conv2d"
 _HOME = "torchvision.ops.deform_conv"
-_FUNCTION = "input offset weight bias stride padding dilation mask".split()
-_DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "mask": None}
+_FUNCTION = signature(
+    "deform", "input offset weight bias stride padding dilation mask", 2,
+    bias=None, stride=1, padding=0, dilation=1, mask=None,
+)  # fmt: skip
+_LAYER = signature("deform", "input offset mask", 2, mask=None)
 _OPERATOR = (
     "input weight offset mask bias stride_h stride_w pad_h pad_w dilation_h dilation_w groups offset_groups use_mask"
 ).split()
@@ -45,10 +49,7 @@ def read(node: Node) -> Call | None:
         mask = a["mask"] if a["use_mask"] is True else None
         a["bias"] = None if _zeros(a["bias"]) else a["bias"]
         return Call("deform", {n: a[n] for n in ("input", "offset", "weight", "bias")} | pairs | {"mask": mask}, 2)
-    if getattr(node.target, "__module__", "") != _HOME or len(node.args) > len(_FUNCTION):
-        return None
-    args = _DEFAULTS | dict(zip(_FUNCTION, node.args, strict=False)) | dict(node.kwargs)
-    return Call("deform", args, 2) if set(args) == set(_FUNCTION) else None
+    return _FUNCTION.bind(node.args, node.kwargs) if getattr(node.target, "__module__", "") == _HOME else None
 
 
 def _zeros(bias: Any) -> bool:
@@ -58,11 +59,9 @@ def _zeros(bias: Any) -> bool:
 
 def read_module(node: Node, module: Any, path: str, state: dict[str, Any]) -> Call | None:
     """The call of torchvision's layer; `state` are its weight and bias."""
-    args = {"mask": None} | dict(zip(("input", "offset", "mask"), node.args, strict=False)) | dict(node.kwargs)
-    if set(args) != {"input", "offset", "mask"}:
-        return None
+    call = _LAYER.bind(node.args, node.kwargs)
     fields = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
-    return Call("deform", args | fields | state, 2, path)
+    return None if call is None else replace(call, args=call.args | fields | state, path=path)
 
 
 def torchvision_ops() -> Any:

@@ -88,25 +88,19 @@ def _writes_first(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
     if node.op != "call_function":
         return False
-    if node.target in _INPLACE_OPERATORS:
-        return True
     name = plain(node.target)
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    return bool(_inplace_argument(node))
+    written = node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return written or bool(_inplace_argument(node))
 
 
 def _inplace_argument(node: Node) -> Any:
-    if "inplace" in node.kwargs:
-        return node.kwargs["inplace"]
-    if getattr(node.target, "__module__", "") != "torch.nn.functional" or len(node.args) < 2:
-        return False
+    named = node.kwargs.get("inplace", False)
+    if getattr(node.target, "__module__", "") != "torch.nn.functional":
+        return named
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        return inspect.signature(node.target).bind_partial(*node.args).arguments.get("inplace", named)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # builtins without a signature have no inplace argument
-        return False
-    index = names.index("inplace") if "inplace" in names else len(node.args)
-    return node.args[index] if index < len(node.args) else False
+        return named
 
 
 def shared(node: Node, targets: list[Node], call: Call | None, modules: Mapping[str, nn.Module]) -> list[Node]:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxfuse.names import is_aten, plain
 from fxfuse.ops.call import Call, Signature, signature
 from fxfuse.ops.modules import runs
-from fxfuse.ops.schema import bound, several_results
+from fxfuse.ops.schema import bound
 
 RESHAPES = {"reshape", "like", "flatten", "unflatten", "squeeze", "unsqueeze"}  # the same values in another shape
 _SIGNATURES: dict[str, Signature] = {
@@ -81,15 +82,11 @@ _NAMED = (*_SIGNATURES, "reshape", "permute")
 _FUNCTIONS = {getattr(space, n): n for n in _NAMED for space in _SPACES if hasattr(space, n)}
 _POOL_FUNCTIONS = {getattr(F, n): n for n in POOLS}
 _POOL_FUNCTIONS |= {getattr(torch, n): n for n in ("max_pool1d", "max_pool2d", "max_pool3d")}  # which give no indices
-# ATen operators that a table of names cannot tell, and what each canonical operation needs to be given
+# ATen operators that a table of names cannot tell, and which operations are read of any
 _ATEN = {"view": "reshape", "reshape": "reshape", "unsafe_view": "reshape", "permute": "permute"}
 _ATEN |= {f"upsample_{kind}": "interpolate" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d")}
 _ATEN_ARGUMENTS = {"self": "input", "size": "sizes", "shape": "sizes"}
-_MOVES: dict[str, tuple[str, ...]] = {
-    "reshape": ("sizes",), "permute": ("sizes",), "flatten": ("start_dim", "end_dim"), "unflatten": ("dim", "sizes"),
-    "transpose": ("dim0", "dim1"), "unsqueeze": ("dim",), "squeeze": ("dim",), "average": ("dim", "keepdim", "dtype"),
-    "adaptive_avg_pool": ("output_size",), "like": ("other",),
-}  # fmt: skip
+_MOVES = set("reshape permute flatten unflatten transpose unsqueeze squeeze average adaptive_avg_pool like".split())
 _CASTS = {"to", "long", "int", "bool", "cpu", "cuda"}
 _SAME = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -120,9 +117,10 @@ def _aten(node: Node) -> Call | None:
     op = _ATEN.get(name, "" if known is None else known.op)
     if op == "interpolate":
         return Call(op, {"input": args["input"]})
-    if op not in _MOVES or not {*_MOVES[op], "input"} <= args.keys():
+    names = ("input", "sizes") if op in ("reshape", "permute") or known is None else known.names
+    if op not in _MOVES or not args.keys() >= set(names):
         return None
-    return Call(op, {n: args[n] for n in ("input", *_MOVES[op])}, None if known is None else known.spatial)
+    return Call(op, {n: args[n] for n in names}, None if known is None else known.spatial)
 
 
 def _variadic(node: Node, op: str) -> Call | None:
@@ -162,9 +160,9 @@ def pooled(node: Node, modules: Mapping[str, nn.Module]) -> int | None:
     if node.op == "call_module":
         module = modules[str(node.target)]
         return None if getattr(module, "return_indices", False) else POOL_MODULES.get(runs(module))
-    if is_aten(node):
+    if isinstance(node.target, OpOverload):
         pool = POOLS.get(plain(node.target))
-        return None if pool is None or several_results(node) else pool.spatial
+        return None if pool is None or len(node.target._schema.returns) > 1 else pool.spatial
     name = _POOL_FUNCTIONS.get(node.target, "") if node.op == "call_function" else ""
     call = POOLS[name].bind(node.args, node.kwargs) if name else None
     return None if call is None or call.args.get("return_indices", False) is not False else call.spatial

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import operator
 
-import torch
-from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxfuse.names import is_aten, plain
+from fxfuse.names import is_aten, plain, torch_name
 from fxfuse.ops.value_kinds import settled
 
 SIZE = ("size", "sym_size")
-_ASKED = {f"sym_{n}": "shape" for n in ("size", "numel", "stride", "storage_offset")}
-_ASKED |= {"size": "shape", "numel": "shape", "dim": "rank", "is_floating_point": "dtype", "is_complex": "dtype"}
+_ASKED = dict.fromkeys(("dim", "ndim", "ndimension"), "rank")
+_ASKED |= dict.fromkeys(("dtype", "device", "is_cuda", "is_floating_point", "is_complex"), "dtype")
+_ASKED |= dict.fromkeys(("shape", "size", "numel"), "shape")
+_ASKED |= dict.fromkeys(("sym_size", "sym_numel", "sym_stride", "sym_storage_offset"), "shape")
 
 
 def shape_reader(node: Node) -> str | None:
     """What a node asks of its input when it reads no data: "rank", "dtype", "shape" or None."""
-    if isinstance(node.target, OpOverload):
-        return _ASKED.get(plain(node.target))
-    if node.op == "call_function" and node.target is getattr:
-        asked = {"ndim": "rank", "dtype": "dtype", "device": "dtype", "is_cuda": "dtype", "shape": "shape"}
-        return asked.get(str(node.args[1]))
-    if node.op == "call_method":
-        asked = {"dim": "rank", "ndimension": "rank", "size": "shape", "is_floating_point": "dtype", "numel": "shape"}
-        return asked.get(str(node.target))
-    if node.op == "call_function" and node.target in (torch.is_floating_point, torch.numel):
-        return "shape" if node.target is torch.numel else "dtype"
-    return None
+    return _ASKED.get(str(node.args[1]) if node.target is getattr else torch_name(node))
 
 
 def asks_size(user: Node, node: Node) -> bool:

@@ -65,11 +65,6 @@ def _fresh(name: str) -> bool:
     return name in _FRESH or name in ELEMENTWISE or name == "log_sigmoid" or name.startswith("upsample_")
 
 
-def several_results(node: Node) -> bool:
-    assert isinstance(node.target, OpOverload)
-    return len(node.target._schema.returns) > 1
-
-
 def pure(node: Node) -> bool:
     """Whether a call is a function of its arguments alone, with a result whose shape follows from theirs."""
     op = node.target

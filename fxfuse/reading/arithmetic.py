@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import IDENTITY, pointwise, shuffled
 from fxfuse.names import torch_name
 from fxfuse.ops.call import PIECES, Call
-from fxfuse.ops.index_lists import Pick, pick
+from fxfuse.ops.index_lists import pick
 from fxfuse.ops.spellings import read
 from fxfuse.reading.affine import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data, ints, layout
 from fxfuse.refusal import Refusal
@@ -105,13 +106,23 @@ def _cat(call: Call, facts: Facts, node: Node) -> Affine:
     return Affine("concat", tuple((t, 1.0) for t in tensors), spatial=spatial, assumes=assumes)
 
 
-def _selected(
-    source: Node, reads: tuple[int, ...], channels: int, spatial: int, node: Node, assumes: int | None
+def _selected(source: Node, dim: Any, reads: Callable[[int], Sequence[int] | None], facts: Facts, node: Node) -> Affine:
+    """The channels of `source`, counted along `dim`, that `reads` tells where their number is known."""
+    spatial, assumes = axis_layout(facts[source], dim)
+    channels = facts[source].channels(spatial)
+    chosen = None if channels is None else reads(channels)
+    if channels is None or chosen is None:
+        raise Unknown
+    return _selection(source, chosen, channels, spatial, node, assumes)
+
+
+def _selection(
+    source: Node, reads: Sequence[int], channels: int, spatial: int, node: Node, assumes: int | None
 ) -> Affine:
     if spatial < 0 or not reads:
         raise Unknown
     op = pointwise("select", "select", spatial, len(reads), path=node.name)
-    return Affine("unary", ((source, 1.0),), replace(op, in_channels=channels, reads=reads), assumes=assumes)
+    return Affine("unary", ((source, 1.0),), replace(op, in_channels=channels, reads=tuple(reads)), assumes=assumes)
 
 
 def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
@@ -119,27 +130,15 @@ def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
     if torch_name(source) in PIECES and isinstance(index, int):
         return _piece(source, index, facts, node)
     if (picked := pick(index)) is not None:
-        return _picked(source, picked, facts, node)
+        return _selected(source, picked.axis, picked.reads, facts, node)
     if not isinstance(index, tuple) or len(index) < 2 or not all(isinstance(i, slice) for i in index):
         raise Unknown
-    full, cut = slice(None), index[1]
-    if index[0] != full or any(i != full for i in index[2:]):
+    cut: slice = index[1]
+    if any(i != slice(None) for i in (index[0], *index[2:])):
         raise Unknown
-    spatial, assumes = axis_layout(facts[source], 1)
-    channels = facts[source].channels(spatial)
-    if channels is None or not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
+    if not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
         raise Unknown
-    return _selected(source, tuple(range(*cut.indices(channels))), channels, spatial, node, assumes)
-
-
-def _picked(source: Node, picked: Pick, facts: Facts, node: Node) -> Affine:
-    """Entries of the channel axis in any order."""
-    spatial, assumes = axis_layout(facts[source], picked.axis)
-    channels = facts[source].channels(spatial)
-    reads = None if channels is None else picked.reads(channels)
-    if channels is None or reads is None:
-        raise Unknown
-    return _selected(source, reads, channels, spatial, node, assumes)
+    return _selected(source, 1, lambda channels: range(channels)[cut], facts, node)
 
 
 def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
@@ -162,11 +161,10 @@ def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
         sizes = [min(size, channels - i) for i in range(0, channels, size)]
     if not isinstance(sizes, (list, tuple)) or not all(isinstance(s, int) for s in sizes) or sum(sizes) != channels:
         raise Unknown
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
     if not -len(sizes) <= index < len(sizes):
         raise Unknown
-    reads = tuple(range(starts[index], starts[index] + sizes[index]))
-    return _selected(source, reads, channels, spatial, node, assumes)
+    start = sum(sizes[: index % len(sizes)])
+    return _selection(source, range(start, start + sizes[index]), channels, spatial, node, assumes)
 
 
 def _whole(chunks: Node, count: int, axis: int, facts: Facts) -> int | None:
@@ -178,33 +176,23 @@ def _whole(chunks: Node, count: int, axis: int, facts: Facts) -> int | None:
 
 
 def _narrow(call: Call, facts: Facts, node: Node) -> Affine:
-    source, start, length = data(call), call.args["start"], call.args["length"]
-    spatial, assumes = axis_layout(facts[source], call.args["dim"])
+    start, length = call.args["start"], call.args["length"]
     if not isinstance(start, int) or not isinstance(length, int) or start < 0:
         raise Unknown
-    channels = facts[source].channels(spatial)
-    if channels is None or start + length > channels:
-        raise Unknown
-    return _selected(source, tuple(range(start, start + length)), channels, spatial, node, assumes)
+    part = range(start, start + length)
+    return _selected(data(call), call.args["dim"], lambda n: part if part.stop <= n else None, facts, node)
 
 
 def _flip(call: Call, facts: Facts, node: Node) -> Affine:
-    source = data(call)
     (dim,) = ints(call.args["dims"], 1)
-    spatial, assumes = axis_layout(facts[source], dim)
-    channels = facts[source].channels(spatial)
-    if channels is None:
-        raise Unknown
-    return _selected(source, tuple(range(channels))[::-1], channels, spatial, node, assumes)
+    return _selected(data(call), dim, lambda channels: range(channels)[::-1], facts, node)
 
 
 def _channel_shuffle(call: Call, facts: Facts, node: Node) -> Affine:
-    source, groups = data(call), call.args["groups"]
-    spatial, assumes = axis_layout(facts[source], 1)
-    channels = facts[source].channels(spatial)
-    if channels is None or not isinstance(groups, int):
+    groups = call.args["groups"]
+    if not isinstance(groups, int):
         raise Unknown
-    return _selected(source, shuffled(channels, groups), channels, spatial, node, assumes)
+    return _selected(data(call), 1, lambda channels: shuffled(channels, groups), facts, node)
 
 
 ARITHMETIC = {
