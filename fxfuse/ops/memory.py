@@ -54,16 +54,8 @@ def written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> 
         return [n for n in several if isinstance(n, Node)]
     if node.op == "call_module" and not _known(modules[str(node.target)]):
         return node.all_input_nodes
-    return _statistics(node, call)
-
-
-def _statistics(node: Node, call: Call | None) -> list[Node]:
-    """The running statistics that a function updates."""
-    if call is not None and call.op == "batch_norm":
-        found = [call.args[n] for n in ("running_mean", "running_var") if call.args["training"]]
-        return [n for n in found if isinstance(n, Node)]
-    known = getattr(node.target, "__name__", "") in ("batch_norm", "instance_norm", "native_batch_norm")
-    return node.all_input_nodes[1:] if known and call is None else []
+    normalizes = call is None and torch_name(node) in ("batch_norm", "instance_norm", "native_batch_norm")
+    return node.all_input_nodes[1:] if normalizes else []  # perhaps running statistics
 
 
 def _known(module: nn.Module) -> bool:

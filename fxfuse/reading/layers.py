@@ -195,28 +195,13 @@ def _identity(call: Call, facts: Facts, node: Node) -> Affine:
     return unary(call, replace(IDENTITY, path=call.path or node.name))
 
 
-def _deformable(call: Call, facts: Facts, node: Node) -> Affine:
-    weight, bias = tensor(call, "weight", 4), optional(call, "bias")
-    padding = ints(call.args["padding"], 2)
-    channels = facts[data(call)].channels(2) or weight.shape[1]
-    op = Operator(
-        kind="warp",
-        law="conv",
-        spatial=2,
-        in_channels=channels,
-        out_channels=weight.shape[0],
-        kernel=weight.shape[2:],
-        stride=ints(call.args["stride"], 2),
-        dilation=ints(call.args["dilation"], 2),
-        padding=tuple((p, p) for p in padding),
-        output_padding=(0, 0),
-        groups=max(channels // max(weight.shape[1], 1), 1),
-        bias=bias is not None,
-        dtype=one_dtype(weight, bias),
-        path=call.path or (weight.path.rpartition(".")[0] if hasattr(weight, "path") else "") or node.name,
-        consts=(("weight", weight), ("bias", bias)),
-    )
-    return unary(call, op)
+def _deformable(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
+    """A convolution of values that lie between positions; its groups follow from the channels it reads."""
+    width = tensor(call, "weight", 4).shape[1]
+    channels = facts[data(call)].channels(2) or width
+    groups = max(channels // max(width, 1), 1)
+    conv = _conv(replace(call, args=call.args | {"groups": groups}), facts, node)
+    return replace(conv, op=replace(conv.op, kind="warp", in_channels=channels)) if isinstance(conv, Affine) else conv
 
 
 LAYERS = {
