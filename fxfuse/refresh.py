@@ -92,17 +92,17 @@ def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
     try:
         values = model_values(model.get_submodule(replay.path), replay.constants)
         other = changed(replay.held, values)
-        computed = tensors((recipe.op for recipe in replay.recipes), values)
+        computed = tensors(replay.operators.values(), values)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} is not the model that was optimized: {error}") from error
     if other is not None:
         where = below(replay.path, other)
         raise ValueError(f"{where} holds other indices than the plan was made for: call fxfuse.optimize again")
     fresh: dict[str, Any] = dict(replay.constants)
-    for recipe in replay.recipes:
-        numbers = computed[recipe.op]
+    for path, op in replay.operators.items():
+        numbers = computed[op]
         if isinstance(numbers, Refusal):
-            raise ValueError(str(numbers.at(recipe.target)))
+            raise ValueError(str(numbers.at(path)))
         held = zip(PARAMETERS, numbers, strict=True)
-        fresh.update({f"{recipe.target}.{name}": value for name, value in held if value is not None})
+        fresh.update({f"{path}.{name}": value for name, value in held if value is not None})
     return {below(replay.path, name): value for name, value in fresh.items()}

@@ -49,7 +49,7 @@ class FusedParts:
         self.after += done.after
         if part.path and not done.fired:
             return
-        self.replays += (Replay(part.path, done.rewritten.recipes, captured.constants, captured.held),)
+        self.replays += (Replay(part.path, done.rewritten.operators, captured.constants, captured.held),)
         if not self.dry_run:
             built = self.memo[id(part.module)] = assemble(captured, done.rewritten.layers, self.memo)
             keep(built, {name: getattr(part.module, name) for name in part.asked})

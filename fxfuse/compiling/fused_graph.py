@@ -74,7 +74,7 @@ def fused_graph(gm: GraphModule, inputs: Sequence[Any], options: CompileOptions)
         capture="dynamo",
     )
     logger.info("%s", report.headline)
-    graph, operators = take.captured.graph, {recipe.target: recipe.op for recipe in done.rewritten.recipes}
+    graph, operators = take.captured.graph, done.rewritten.operators
     made = functional(graph, done.rewritten.layers)
     folded = {path: (operators[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
     constants = {path: attribute(take.captured.root, path) for path in held}

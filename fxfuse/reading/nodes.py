@@ -51,6 +51,11 @@ class Nodes:
         asked = {n: [u for u in n.users if asks_size(u, n)] for n in self.affine}
         return {n: users for n, users in asked.items() if users}
 
+    def source(self, node: Node) -> Node:
+        """The tensor that a node reads, the first where there are several."""
+        affine = self.affine.get(node)
+        return node.all_input_nodes[0] if affine is None else affine.inputs[0][0]
+
     def data_users(self, node: Node) -> list[Node]:
         """Users that read more than its rank, dtype or size."""
         hidden = self.affine[node].extra if node in self.affine else ()

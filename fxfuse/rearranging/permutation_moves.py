@@ -104,10 +104,8 @@ def _move(view: View, permutation: Permutation, route: Route, editor: Editor) ->
     source = permutation.source if route.forward else nodes[0]
     for user in list(old.users):
         editor.rewire(user, old, source)
-    if route.forward:
-        value = nodes[-1]
-    else:
-        value, reader = _data(view, last.node, nodes[-1]), nodes[-1]
+    value = nodes[-1] if route.forward else view.source(last.node)
+    reader = reader if route.forward else nodes[-1]
     if last.reads == permutation.reads:
         new = editor.copy(reader, old, source, value)
     else:
@@ -117,11 +115,6 @@ def _move(view: View, permutation: Permutation, route: Route, editor: Editor) ->
     editor.check(source, next((r for r in ranks if r is not None), None))
     editor.rewire(reader, value, new)
     editor.erase(old)
-
-
-def _data(view: View, node: Node, new: Node) -> Node:
-    """What `node`, for which `new` stands by now, reads."""
-    return new.all_input_nodes[0] if node not in view.affine else view.affine[node].inputs[0][0]
 
 
 def _renumbered(view: View, step: Passed, editor: Editor) -> Node:

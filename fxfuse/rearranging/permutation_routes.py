@@ -74,12 +74,8 @@ class Routes:
             steps.append(step)
             reads = step.reads
             if not forward:
-                reader, node = node, self._input(node)
+                reader, node = node, self.view.source(node)
         return Refusal(f"no layer is among the next {FAR} operations")
-
-    def _input(self, node: Node) -> Node:
-        affine = self.view.affine.get(node)
-        return node.all_input_nodes[0] if affine is None else affine.inputs[0][0]
 
     def _taken(self, op: Operator, node: Node, reader: Node, permutation: Permutation, forward: bool) -> Refusal | None:
         """None where the next layer takes a permutation that stands after `node`, else why it does not, "" if none."""

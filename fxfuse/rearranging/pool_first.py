@@ -42,15 +42,14 @@ def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]
         if affine.op.kind == "pool" and not affine.op.pads and math.prod(affine.op.stride) > 1:
             nodes = _up_to_conv(view, pool, affine.op)
             if nodes and _allowed(view.affine[nodes[-1]], affine.op, patterns, price):
-                source = view.affine[nodes[-1]].inputs[0][0]
-                touched = frozenset((pool, *nodes, source, *pool.users))
+                touched = frozenset((pool, *nodes, view.source(nodes[-1]), *pool.users))
                 yield Edit(touched, partial(_rewire, view, pool, nodes), _swapped(view, pool, nodes[-1]))
 
 
 def _up_to_conv(view: View, pool: Node, op: Operator) -> list[Node]:
     """The nodes before `pool` up to a convolution, last first, if nobody else reads any; else none."""
     nodes = list[Node]()
-    for node, step in before(view.affine[pool].inputs[0][0], pool, view.affine, view.readers):
+    for node, step in before(view.source(pool), pool, view.affine, view.readers):
         if step.op.spatial not in (None, op.spatial) or node in view.sized or node in view.effects.writes:
             break
         nodes.append(node)
@@ -75,7 +74,7 @@ def _swapped(view: View, pool: Node, conv: Node) -> Swapped:
 
 def _rewire(view: View, pool: Node, nodes: list[Node], editor: Editor) -> None:
     last, conv, op = nodes[0], nodes[-1], view.affine[pool].op
-    source = view.affine[conv].inputs[0][0]
+    source = view.source(conv)
     for reader in list(pool.users):
         editor.rewire(reader, pool, last)
     editor.move(pool, before=conv)

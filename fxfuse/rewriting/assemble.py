@@ -18,7 +18,6 @@ from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
 from fxfuse.capture.retracer import Reader
 from fxfuse.ops.modules import HOOKS
-from fxfuse.rewriting.recipes import Recipe
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 
@@ -59,8 +58,9 @@ class Rewritten:
     names: dict[Operator, str]
 
     @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        return tuple(Recipe(name, op) for op, name in self.names.items())
+    def operators(self) -> dict[str, Operator]:
+        """How each layer is computed, by its path."""
+        return {name: op for op, name in self.names.items()}
 
     @property
     def modules(self) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,8 +99,8 @@ class Emitter:
             x = self.graph.call_function(F.pad, (x, amounts, mode, value))
         return self.graph.call_module(name, (x, *beside))
 
-    def describe(self, new: Node, nodes: Collection[Node], path: str) -> None:
+    def describe(self, new: Node, nodes: Sequence[Node], path: str) -> None:
         """Note for which `nodes` a new one stands, and where in the model the layer at `path` among them is."""
-        affine, last = self.view.affine, list(nodes)[-1]
-        heaviest = next((n for n in nodes if n in affine and affine[n].op.path == path), last)
+        affine = self.view.affine
+        heaviest = next((n for n in nodes if n in affine and affine[n].op.path == path), nodes[-1])
         new.meta = provenance(heaviest) | {"fxfuse": tuple(dict.fromkeys(n.name for n in nodes))}

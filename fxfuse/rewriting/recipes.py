@@ -10,22 +10,15 @@ from fxfuse.algebra.held_indices import Held
 from fxfuse.algebra.operator import Operator
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How one fused layer is computed: the submodule it lives in and its operator."""
-
-    target: str
-    op: Operator
-
-
 @dataclass(frozen=True)
 class Replay:
     """How the fused layers of one part of a model are computed, and the tensors that only its trace knew.
 
-    `held` are tensors of indices that decided the plan, with what they held.
+    `operators` are those of the layers by the path of each; `held` are tensors of indices that decided the plan, with
+    what they held.
     """
 
     path: str
-    recipes: tuple[Recipe, ...]
+    operators: dict[str, Operator]
     constants: dict[str, Any]
     held: dict[Attr | Apply, Held] = field(default_factory=dict)

@@ -133,7 +133,7 @@ class _Rewriter:
 
     def _pooled(self, x: Node, fuse: Fuse, pool: Node) -> Node:
         """What `pool` makes of `x` instead of its own input, and the bias added to it."""
-        read = self.view.affine[pool].inputs[0][0]
+        read = self.view.source(pool)
         pooled = self.graph.node_copy(pool, lambda n: x if n in (read, self.emitter.current(read)) else n)
         if fuse.shift is None:
             return pooled
@@ -147,7 +147,7 @@ class _Rewriter:
         """Let those that read a factor which has moved elsewhere read its input."""
         for step in (s for p in fuse.parts for s in steps_of(p)):
             if step.moved and step.node is not None:
-                value = self.emitter.current(self.view.affine[step.node].inputs[0][0])
+                value = self.emitter.current(self.view.source(step.node))
                 if step.contiguous and step.node.users:
                     with self.graph.inserting_before(step.node):
                         value = self.graph.call_method("contiguous", (value,))
