@@ -46,8 +46,7 @@ def _cat(call: Call, out: Fact, facts: Facts) -> None:
         same_rank(part, out)
     for part in parts:
         same_rank(part, out)
-    dim, rank = call.args["dim"], out.likely
-    axis = dim - rank if isinstance(dim, int) and dim >= 0 and rank is not None else out.axis(dim)
+    axis = out.likely_axis(call.args["dim"])
     if axis is not None and parts and len(parts) == len(tensors):
         sizes = [p.axes.get(axis) for p in parts]
         if all(s is not None for s in sizes):
@@ -72,8 +71,7 @@ def _matmul(call: Call, out: Fact, facts: Facts) -> None:
 def _bmm(call: Call, out: Fact, facts: Facts) -> None:
     for fact in (fact_of(call.args["input"], facts), fact_of(call.args["other"], facts), out):
         if fact is not None:
-            fact.at_least(3)
-            fact.at_most(3)
+            fact.exactly(3)
     _matmul(call, out, facts)
 
 

@@ -54,6 +54,10 @@ class Fact:
     def at_most(self, high: int) -> None:
         self.high = min(self.high, high)
 
+    def exactly(self, rank: int) -> None:
+        self.at_least(rank)
+        self.at_most(rank)
+
     def axis(self, dim: Any) -> int | None:
         """`dim` counted from the end, or None where the rank does not say."""
         if not isinstance(dim, int):
@@ -61,6 +65,10 @@ class Fact:
         if dim < 0:
             return dim
         return dim - self.rank if self.rank is not None else None
+
+    def likely_axis(self, dim: Any) -> int | None:
+        """`dim` counted from the end, where the rank is at least likely."""
+        return dim - self.likely if isinstance(dim, int) and dim >= 0 and self.likely is not None else self.axis(dim)
 
 
 def known(node: Node) -> Fact:

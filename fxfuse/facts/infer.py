@@ -35,34 +35,26 @@ def infer(
     shapes: Mapping[Node, torch.Size],
 ) -> dict[Node, Fact]:
     """Facts of every node; `shapes` (from example inputs) are taken as they are."""
-    sure = _propagate(graph, calls, shapings, modules, {})
-    facts = _propagate(graph, calls, shapings, modules, shapes) if shapes else sure
+    nodes, numbers = list(graph.nodes), dict[Node, bool]()
+
+    def found(given: Mapping[Node, torch.Size]) -> dict[Node, Fact]:
+        facts = {n: Fact(0, 0) if is_number(n, numbers) else known(n) for n in nodes}
+        # some may be gone from the graph since their shapes were noted
+        facts |= {n: of_shape(tuple(shape)) for n, shape in given.items() if n in facts}
+        for order in (nodes, nodes[::-1], nodes):
+            for node in order:
+                if node in shapings:
+                    ranks.relate(shapings[node], facts[node], facts)
+                else:
+                    _relate(node, calls, facts, modules)
+        return facts
+
+    sure = found({})
+    facts = found(shapes) if shapes else sure
     dtypes = find_dtypes(graph, calls, shapings, modules, getattr(shapes, "dtypes", {}))
     for node, fact in facts.items():
         fact.sure = sure[node] if shapes else None
         fact.dtype = dtypes.get(node)
-    return facts
-
-
-def _propagate(
-    graph: Graph,
-    calls: Mapping[Node, Call],
-    shapings: Mapping[Node, Call],
-    modules: Mapping[str, nn.Module],
-    shapes: Mapping[Node, torch.Size],
-) -> dict[Node, Fact]:
-    numbers = dict[Node, bool]()
-    facts = {n: Fact(0, 0) if is_number(n, numbers) else known(n) for n in graph.nodes}
-    for node, shape in shapes.items():
-        if node in facts:  # some may be gone from the graph since their shapes were noted
-            facts[node] = of_shape(tuple(shape))
-    nodes = list(graph.nodes)
-    for order in (nodes, nodes[::-1], nodes):
-        for node in order:
-            if node in shapings:
-                ranks.relate(shapings[node], facts[node], facts)
-            else:
-                _relate(node, calls, facts, modules)
     return facts
 
 
@@ -176,7 +168,7 @@ def _relate_slices(index: tuple[slice, ...], x: Fact, out: Fact) -> None:
 
 def _relate_part(dim: Any, size: Any, x: Fact, out: Fact) -> None:
     """A part of x, of `size` along `dim` and whole along the others."""
-    axis = dim - x.likely if isinstance(dim, int) and dim >= 0 and x.likely is not None else x.axis(dim)
+    axis = x.likely_axis(dim)
     if axis is None:
         return
     for other, n in x.axes.items():
@@ -189,7 +181,7 @@ def _relate_part(dim: Any, size: Any, x: Fact, out: Fact) -> None:
 def _relate_piece(call: Call, index: Any, x: Fact, out: Fact) -> None:
     """One output of chunk or split."""
     dim, sizes = call.args["dim"], call.args["chunks" if call.op == "chunk" else "split_size"]
-    axis = dim - x.likely if isinstance(dim, int) and dim >= 0 and x.likely is not None else x.axis(dim)
+    axis = x.likely_axis(dim)
     whole = None if axis is None else x.axes.get(axis)
     if isinstance(sizes, int) and sizes > 0 and whole is not None:
         size = -(-whole // sizes) if call.op == "chunk" else sizes
@@ -207,5 +199,4 @@ def _relate_other(node: Node, out: Fact, facts: Mapping[Node, Fact], modules: Ma
     elif spatial := pooled(node, modules):
         _spatial(facts[source], out, spatial, channels=True)
     elif check := rank_check(node):
-        facts[check[0]].at_least(check[1])
-        facts[check[0]].at_most(check[1])
+        facts[check[0]].exactly(check[1])

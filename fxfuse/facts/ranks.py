@@ -63,8 +63,7 @@ def _flatten(call: Call, x: Fact, out: Fact) -> None:
         return
     if start >= 0 > end:  # whatever the rank
         rank = start - end
-        out.at_least(rank)
-        out.at_most(rank)
+        out.exactly(rank)
         x.at_least(rank if (start, end) != (0, -1) else 0)
     elif (start < 0) == (end < 0):
         x.at_least(max(start, end) + 1 if start >= 0 else -start)
@@ -105,8 +104,7 @@ def _permute(call: Call, x: Fact, out: Fact) -> None:
     if not isinstance(order, (tuple, list)):
         return
     for fact in (x, out):
-        fact.at_least(len(order))
-        fact.at_most(len(order))
+        fact.exactly(len(order))
     if (dims := ints_of(order)) is not None:
         link(x, out, {o - len(dims): i if i < 0 else i - len(dims) for o, i in enumerate(dims)})
 
@@ -242,8 +240,7 @@ def _counted(call: Call, out: Fact, facts: Facts) -> None:
         return
     if len(sizes) == 1 and isinstance(sizes[0], Node):  # one size, or a whole shape
         return
-    out.at_least(len(sizes))
-    out.at_most(len(sizes))
+    out.exactly(len(sizes))
     if call.op != "repeat":
         out.axes.update({i - len(sizes): n for i, n in enumerate(sizes) if isinstance(n, int) and n >= 0})
 

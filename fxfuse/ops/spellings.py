@@ -60,8 +60,7 @@ for _d in (1, 2, 3):
     FUNCTIONS[getattr(F, f"conv{_d}d")] = _sig("conv", _CONV, _d, **_conv)
     FUNCTIONS[getattr(F, f"conv_transpose{_d}d")] = _sig("conv_transpose", _CONV_T, _d, **_conv, output_padding=0)
     FUNCTIONS[getattr(F, f"dropout{_d}d")] = FUNCTIONS[F.dropout]
-for _name in ("concat", "concatenate"):
-    FUNCTIONS[getattr(torch, _name)] = FUNCTIONS[torch.cat]
+FUNCTIONS[torch.concat] = FUNCTIONS[torch.concatenate] = FUNCTIONS[torch.cat]
 FUNCTIONS[torch.matmul] = FUNCTIONS[operator.matmul] = FUNCTIONS[torch.mm]
 FUNCTIONS[torch._C._nn.pad] = FUNCTIONS[F.pad]  # what torch.compile makes of it
 FUNCTIONS[F.channel_shuffle] = FUNCTIONS[F.native_channel_shuffle] = FUNCTIONS[torch.channel_shuffle]

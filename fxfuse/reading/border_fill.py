@@ -40,7 +40,7 @@ def border_fills(
         padding = calls.get(pad)
         if padding is not None and padding.op == "pad":
             slices = dict.fromkeys(v for w in writes for v in views(w.args[0]))
-            value = _filled(pad, padding, writes, slices, calls, facts, position)
+            value = _filled(pad, padding, facts[pad], {w: calls[w] for w in writes}, slices, position)
             if value is not None:
                 fills[pad] = Fill(value, tuple(writes), tuple(slices))
     return fills
@@ -49,10 +49,9 @@ def border_fills(
 def _filled(
     pad: Node,
     call: Call,
-    writes: list[Node],
+    fact: Fact,
+    writes: Mapping[Node, Call],
     slices: Collection[Node],
-    calls: Mapping[Node, Call],
-    facts: Mapping[Node, Fact],
     position: Mapping[Node, int],
 ) -> Any:
     amounts = call.args["pad"]
@@ -60,13 +59,13 @@ def _filled(
         return None
     pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)][::-1]
     spatial = len(pairs)
-    if facts[pad].rank != spatial + 2 or not all(isinstance(p, int) and p >= 0 for pair in pairs for p in pair):
+    if fact.rank != spatial + 2 or not all(isinstance(p, int) and p >= 0 for pair in pairs for p in pair):
         return None
-    values = [calls[w].args["value"] for w in writes]
+    values = [w.args["value"] for w in writes.values()]
     if not all(isinstance(v, (Attr, Apply, int, float)) for v in values) or len(set(values)) != 1:
         return None
     value = values[0]
-    sides = {s for w in writes if (s := _side(calls[w].args["index"], pairs)) is not None}
+    sides = {s for w in writes.values() if (s := _side(w.args["index"], pairs)) is not None}
     wanted = {(d, end) for d, pair in enumerate(pairs) for end in (0, 1) if pair[end]}
     if sides != wanted or len(writes) != len(wanted) or not _per_channel(value, spatial):
         return None
