@@ -20,7 +20,7 @@ import fxfuse
 from fxfuse.capture.symbolic import capture
 
 Forward = Callable[..., Any]
-HERE = r"test_capture\.py:\d+"
+HERE = r"test_symbolic_capture\.py:\d+"
 
 
 def branch(self: Any, x: Tensor) -> Tensor:

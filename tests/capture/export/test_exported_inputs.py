@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
-from safety import copied, model_of, pickled, usual
+from safety import model_of, pickled, usual
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.capture.copying import copied
 
 Pair = namedtuple("Pair", "first second")
 SIZES = [(1, 4, 4, 4), (2, 4, 4, 6), (3, 4, 6, 4), (2, 4, 1, 6), (1, 4, 1, 1), (2, 4, 7, 1), (4, 4, 3, 3), (2, 4, 8, 8)]
@@ -89,7 +90,7 @@ def test_the_message_names_input_size_line_and_remedy() -> None:
     with pytest.raises(AssertionError) as raised:
         fused(torch.randn(1, 4, 5, 6).double())
     assert re.fullmatch(
-        r"the graph was made for inputs with x\.size\(2\) % 2 == 0, as decided at \S*test_export_inputs\.py:\d+; "
+        r"the graph was made for inputs with x\.size\(2\) % 2 == 0, as decided at \S*test_exported_inputs\.py:\d+; "
         r"optimize with example_inputs like these",
         str(raised.value),
     )

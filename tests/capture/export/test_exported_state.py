@@ -11,18 +11,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import assert_untouched, count, fingerprint, randomize, relative_error
-from safety import copied, pickled, usual
+from safety import pickled, usual
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import fxfuse
+from fxfuse.capture.copying import copied
 from fxfuse.capture.export.graph import rebuild
 from fxfuse.capture.export.program import _program
 from fxfuse.ops import schema
 from fxfuse.refusal import CaptureError
 
 Forward = Callable[..., Any]
-HERE = r"test_export_state\.py:\d+"
+HERE = r"test_exported_state\.py:\d+"
 EXAMPLES = torch.randn(2, 4, 8, 7, dtype=torch.float64)
 
 
