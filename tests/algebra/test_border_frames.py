@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from affine_trees import CONVS, NORMS, Affine, Builder, Concat, Select, Sum, Target
+from exactly import exactly
 from fxfuse.patterns.border import framed, needs_frame
 from helpers import count, randomize
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_profiles import few
-from law_cases import BN2, C2, EVERY, GEOMETRIES, ONE, Build, check, flip, inputs, integers, optimized, pad, seq
+from law_cases import BN2, C2, EVERY, GEOMETRIES, ONE, Build, check, flip, inputs, integers, layout, pad, seq
 from safety import model_of
 from torch import Tensor, nn
 
@@ -123,13 +124,13 @@ LAWS: dict[str, Build] = {
 
 @pytest.mark.parametrize("name", LAWS)
 def test_laws(name: str) -> None:
-    check(LAWS[name], inputs(4, 2), FRAMED)
+    check(LAWS[name], inputs(4, 2), FRAMED, **layout(name))
 
 
 @pytest.mark.parametrize("size", ((1, 1), (1, 6), (2, 1), (3, 2)), ids=str)
 @pytest.mark.parametrize("name", [n for n in LAWS if not re.search("pool|taps|kernel|dilated$|uneven$|one side", n)])
 def test_maps_smaller_than_the_kernel(name: str, size: tuple[int, int]) -> None:
-    check(LAWS[name], [integers((2, 4, *size)), integers((1, 4, 5, 4))], FRAMED)
+    check(LAWS[name], [integers((2, 4, *size)), integers((1, 4, 5, 4))], FRAMED, **layout(name))
 
 
 def test_a_border_filled_with_another_value_a_channel() -> None:
@@ -182,7 +183,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_frame_is_refused(name: str) -> None:
     build, reason = REFUSED[name]
-    _, fused = optimized(build, inputs(4, 2), EVERY)
+    fused = check(build, inputs(4, 2), None)
     reasons = [r.reason for r in fxfuse.report(fused).refused]
     assert any(reason in r for r in reasons), reasons
 
@@ -205,9 +206,8 @@ def test_a_value_that_is_read_elsewhere_stays() -> None:
     read_twice = lambda s, x: (lambda y: s.c(y).sum() + y.sum())(s.n(x))  # noqa: E731
     other = randomize(model_of(read_twice, n=one(), c=C2(6, 5, 3, padding=1)).double(), integer=True)
     for x in inputs(4, 2):
-        assert torch.equal(fxfuse.optimize(model, x, patterns=EVERY)(x), model(x))
-        fused = fxfuse.optimize(other, x, patterns=EVERY)
-        assert torch.equal(fused(x), other(x)) and not fxfuse.report(fused).fired
+        exactly(model, *inputs(4, 2), examples=x, patterns=EVERY)
+        exactly(other, *inputs(4, 2), examples=x, patterns=EVERY, fires=False)
 
 
 def plus_one(x: Tensor) -> Tensor:
@@ -231,10 +231,7 @@ def test_a_value_that_layers_with_and_without_a_frame_read(name: str, patterns: 
     layers |= {"e": C2(4, 4, 1), "f": C2(4, 4, 1), "g": C2(4, 4, 1, padding=1, bias=False)}
     model = randomize(model_of(SHARED[name], **layers).double(), integer=True)
     for examples in (None, inputs(4, 2)[0]):
-        fused = fxfuse.optimize(model, examples, patterns=patterns)
-        with torch.no_grad():
-            for x in inputs(4, 2):
-                torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+        exactly(model, *inputs(4, 2), examples=examples, patterns=patterns, tolerance=1e-12)
 
 
 @st.composite

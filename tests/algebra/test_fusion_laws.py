@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from affine_trees import CONVS, NORMS, TRANSPOSED, Affine, Concat, Function, Select, Sum
 from helpers import randomize
-from law_cases import BN2, C2, GEOMETRIES, LINEAR, ONE, Build, Numbers, check, flip, inputs, integers, pad, seq
+from law_cases import BN2, C2, GEOMETRIES, LINEAR, ONE, Build, Numbers, check, flip, inputs, integers, layout, pad, seq
 from torch import Tensor, nn
 
 import fxfuse
@@ -70,7 +70,7 @@ LINEARS: dict[str, tuple[Build, dict[str, int]]] = {
 @pytest.mark.parametrize("name", LINEARS)
 def test_linear_layers_obey_the_same_laws(name: str) -> None:
     build, executed = LINEARS[name]
-    check(build, inputs(4, 0), executed)
+    check(build, inputs(4, 0), executed, **layout(name))
 
 
 SUMS: dict[str, Build] = {
@@ -172,7 +172,7 @@ CHAINS: dict[str, Build] = {
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_of_operators_are_one_convolution(name: str) -> None:
-    check(CHAINS[name], inputs(4, 2), ONE)
+    check(CHAINS[name], inputs(4, 2), ONE, **layout(name))
 
 
 CONCATS: dict[str, Build] = {

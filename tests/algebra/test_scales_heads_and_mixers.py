@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from affine_trees import CONVS, NORMS, POOLS, TRANSPOSED
-from helpers import assert_untouched, count, fingerprint, randomize
+from exactly import exactly
+from helpers import randomize
 from law_cases import EVERY, LAYERS, inputs, integers
 from safety import model_of
 from timm.layers import LayerScale, LayerScale2d
@@ -30,13 +31,7 @@ def check(
     forward: Forward, parts: dict[str, Any], tensors: list[Tensor], executed: dict[str, int], patterns: Any = None
 ) -> fxfuse.Report:
     model = randomize(model_of(forward, **parts).double(), integer=True)
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model, tensors[0], patterns=patterns)
-    for x in tensors:
-        assert torch.equal(fused(x), model(x))
-    assert_untouched(model, before)
-    counts = count(fused, tensors[0])
-    assert {n: counts[n] for n in LAYERS if counts[n]} == executed, fxfuse.report(fused)
+    fused = exactly(model, *tensors, examples=tensors[0], patterns=patterns, counts=executed, of=LAYERS)
     return fxfuse.report(fused)
 
 

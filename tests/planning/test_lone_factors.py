@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_untouched, count, fingerprint, randomize
+from exactly import exactly
+from helpers import count, randomize
 from law_cases import EVERY, inputs, integers
 from safety import model_of
 from torch import Tensor, nn
@@ -63,11 +64,8 @@ def test_factors_join_the_layers_beside_them(name: str) -> None:
     model = randomize(model_of(forward, **parts()).double(), integer=True)
     with torch.no_grad():
         model.gain.fill_(0.5)
-    fused = fxfuse.optimize(model, tensors[0], patterns=only)
-    for x in tensors:
-        assert torch.equal(fused(x), model(x)) or ("two" in name and torch.allclose(fused(x), model(x), rtol=1e-14))
-    counts = count(fused, tensors[0])
-    assert {n: counts[n] for n in ("conv", "add", "cat", "mul", "mul_", "div") if counts[n]} == executed
+    of, tolerance = ("conv", "add", "cat", "mul", "mul_", "div"), 1e-14 if "two" in name else 0.0
+    exactly(model, *tensors, examples=tensors[0], patterns=only, counts=executed, of=of, tolerance=tolerance)
 
 
 def test_a_temperature_joins_the_last_layer_of_attention() -> None:
@@ -96,10 +94,7 @@ class Normalized(nn.Module):
 def test_input_normalisation_joins_a_stem_that_does_not_pad(stride: int, shape: tuple[int, ...]) -> None:
     model = randomize(Normalized(0, stride, shape).double(), integer=True)
     tensors = [integers((2, 3, 9, 11)), integers((1, 3, 12, 9), 1)]
-    fused = fxfuse.optimize(model, tensors[0])
-    assert all(torch.equal(fused(x), model(x)) for x in tensors)
-    counts = count(fused, tensors[0])
-    assert (counts["conv"], counts["sub"], counts["div"]) == (1, 0, 0)
+    fused = exactly(model, *tensors, examples=tensors[0], counts={"conv": 1, "sub": 0, "div": 0})
     with pytest.raises(AssertionError, match="for a batch of 3 channels"):
         fused(tensors[0][:, :1])  # eager makes three channels of one
 
@@ -107,13 +102,10 @@ def test_input_normalisation_joins_a_stem_that_does_not_pad(stride: int, shape: 
 def test_input_normalisation_before_a_padded_stem_takes_a_frame_if_asked_to() -> None:
     model = randomize(Normalized(1, 2).double(), integer=True)
     tensors = [integers((2, 3, 9, 11)), integers((1, 3, 12, 9), 1)]
-    fused = fxfuse.optimize(model, tensors[0], patterns=EVERY)
-    assert all(torch.equal(fused(x), model(x)) for x in tensors)
-    counts = count(fused, tensors[0])
-    assert (counts["conv"], counts["add"], counts["sub"], counts["div"]) == (2, 1, 0, 0)
-    kept = fxfuse.optimize(model, tensors[0])  # three channels only: the frame is a third of the convolution
-    assert all(torch.equal(kept(x), model(x)) for x in tensors)
-    assert (count(kept, tensors[0])["sub"], count(kept, tensors[0])["div"]) == (1, 0)  # the factor needs no frame
+    framed = {"conv": 2, "add": 1, "sub": 0, "div": 0}
+    exactly(model, *tensors, examples=tensors[0], patterns=EVERY, counts=framed)
+    # three channels only: the frame is a third of the convolution; and the factor needs no frame
+    kept = exactly(model, *tensors, examples=tensors[0], counts={"sub": 1, "div": 0})
     (refusal,) = fxfuse.report(kept).refused
     assert refusal.detail == "189 instead of 162 per output position, 27 of it for the border"
 
@@ -136,9 +128,7 @@ NORMS: dict[str, Any] = {
 def test_layer_norm_keeps_its_affine_and_says_so(name: str) -> None:
     layers = {"norm": nn.LayerNorm(4), "head": nn.Linear(4, 3), "other": nn.Linear(4, 3), "conv": nn.Conv2d(4, 3, 1)}
     model = randomize(model_of(NORMS[name], **layers)).double()
-    fused = fxfuse.optimize(model)
-    x = torch.randn(2, 4, 5, 4, dtype=torch.float64)
-    assert torch.equal(fused(x), model(x))
+    fused = exactly(model, *(torch.randn(2 + i, 4, 5 + i, 4, dtype=torch.float64) for i in range(2)))
     notes = [r for r in fxfuse.report(fused).refused if "layer_norm keeps its weight and bias" in r.reason]
     assert notes and all(n.where == "norm" and n.detail.startswith("read by ") and not n.remedy for n in notes)
 
@@ -177,15 +167,9 @@ def test_padded_layers_share_a_factor_but_no_shift(name: str) -> None:
     model = randomize(model_of(forward, **parts(), **extra).double(), integer=True)
     with torch.no_grad():
         model.k.copy_(torch.tensor([0.5, -2.0, 4.0, -1.0]).view(1, 4, 1, 1))
-    before, tensors = fingerprint(model), inputs(4, 2)
-    fused = fxfuse.optimize(model, tensors[0])
-    for x in tensors:
-        assert torch.equal(fused(x), model(x))
-    assert_untouched(model, before)
-    executed, products = count(fused, tensors[0]), 1 + (name == "another reader")
-    assert {n: executed[n] - products * (n == "mul") for n in ("mul", "add", "bn")} == {
-        n: kept.get(n, 0) for n in ("mul", "add", "bn")
-    }
+    tensors, products = inputs(4, 2), 1 + (name == "another reader")
+    executed = {n: kept.get(n, 0) + products * (n == "mul") for n in ("mul", "add", "bn")}
+    exactly(model, *tensors, examples=tensors[0], counts=executed)
 
 
 JOINED: dict[str, Any] = {
@@ -209,5 +193,4 @@ def test_a_shared_shift_that_one_branch_cannot_take_stays_before_all(name: str, 
     model = randomize(model_of(forward, **parts(), n=nn.BatchNorm2d(4)).double(), integer=True)
     model.a.bias = None
     for examples in (None, inputs(4, 2)[0]):
-        fused = fxfuse.optimize(model, examples)
-        assert all(torch.equal(fused(x), model(x)) for x in inputs(4, 2))
+        exactly(model, *inputs(4, 2), examples=examples)

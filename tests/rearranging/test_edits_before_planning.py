@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_untouched, count, fingerprint, randomize
+from exactly import exactly
+from helpers import randomize
 from law_cases import inputs
 from safety import model_of
 from torch import Tensor, nn
@@ -45,13 +46,8 @@ NEIGHBOURS: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
 def test_neighbours_are_changed_one_after_the_other(name: str, capture: str) -> None:
     forward, convs = NEIGHBOURS[name]
     net = randomize(model_of(forward, **layers()).double(), integer=True)
-    tensors, before = [t * 16 for t in inputs(4, 2)], fingerprint(net)  # so that means of four are exact
-    fused: Any = fxfuse.optimize(net, tensors[0], capture=capture)
-    fused.graph.lint()
-    for x in (*tensors, *tensors[:1]):
-        assert torch.equal(fused(x), net(x))
-    assert_untouched(net, before)
-    assert count(fused, tensors[0])["conv"] == convs
+    tensors = [t * 16 for t in inputs(4, 2)]  # so that means of four are exact
+    exactly(net, *tensors, examples=tensors[0], capture=capture, counts={"conv": convs})
 
 
 def test_all_edits_are_found_before_the_first_is_made() -> None:
@@ -114,13 +110,9 @@ def test_functions_called_by_keyword(name: str) -> None:
 def _by_keyword(forward: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
     parts |= {"a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1), "n": nn.BatchNorm2d(4)}
     net = randomize(model_of(forward, **parts)).double()
-    tensors, before = inputs(4, 2), fingerprint(net)
+    tensors = inputs(4, 2)
     for capture in ("symbolic", "export"):
-        fused = fxfuse.optimize(net, tensors[0], capture=capture)
-        assert fxfuse.report(fused).by_pattern["conv_bn"] == 1
-        for x in (*tensors, *tensors[:1]):
-            assert torch.allclose(fused(x), net(x), rtol=1e-10, atol=1e-10)
-    assert_untouched(net, before)
+        exactly(net, *tensors, examples=tensors[0], capture=capture, fires={"conv_bn": 1}, tolerance=1e-10)
     compiled = torch.compile(net, backend="fxfuse", options={"inner": "eager", "strict": True})
     with torch.no_grad():
         assert torch.allclose(compiled(tensors[0]), net(tensors[0]), rtol=1e-10, atol=1e-10)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_untouched, count, fingerprint, randomize
+from exactly import exactly
+from helpers import count, randomize
+from law_cases import integers
 from torch import Tensor, nn
 
 import fxfuse
@@ -52,16 +54,12 @@ class Menu(nn.Module):
 
 def run(forward: Forward, dims: int = 2, shapes: tuple[tuple[int, ...], ...] = (), **options: Any) -> tuple[Any, Any]:
     model = randomize(Menu(forward, dims).double(), seed=7, integer=True)
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model, **options)
-    assert_untouched(model, before)
-    for shape in shapes or ((2, 12, 5, 7, 4), (3, 12, 4, 6, 5)):
-        x = torch.randint(-3, 4, shape[: 2 + dims]).double()
-        with torch.no_grad():
-            assert torch.equal(fused(x.clone()), model(x.clone()))
+    sizes = shapes or ((2, 12, 5, 7, 4), (3, 12, 4, 6, 5))
+    tensors = [integers(shape[: 2 + dims], i) for i, shape in enumerate(sizes)]
+    fused = exactly(model, *tensors, **options)
+    for x in tensors:
         counts, were = count(fused, x), count(model, x)
         assert counts.total() <= were.total()
-    assert fxfuse.report(fxfuse.optimize(fused)).fired == ()
     return fused, counts
 
 
@@ -135,7 +133,7 @@ STAYS: dict[str, tuple[Forward, str]] = {
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(name: str, dims: int) -> None:
     example = torch.ones((2, 12, 5, 7, 4)[: 2 + dims]).double()
-    _, counts = run(FORWARD[name], dims, example_inputs=example if dims == 1 else None)
+    _, counts = run(FORWARD[name], dims, examples=example if dims == 1 else None)
     assert not stays(counts) and not counts["bn"]
 
 
@@ -148,7 +146,7 @@ def test_backward(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in (*FORWARD, *BACKWARD) if n not in ("numbers",)])
 def test_exported_graphs(name: str) -> None:
     forward = FORWARD.get(name) or BACKWARD[name]
-    _, counts = run(forward, example_inputs=torch.ones(2, 12, 5, 7).double(), capture="export")
+    _, counts = run(forward, examples=torch.ones(2, 12, 5, 7).double(), capture="export")
     assert not stays(counts)
 
 
@@ -226,14 +224,9 @@ WRITTEN: dict[str, Forward] = {
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_in_place(name: str) -> None:
     model = randomize(Menu(WRITTEN[name]).double(), seed=7, integer=True)
-    fused = fxfuse.optimize(model, example_inputs=torch.ones(2, 12, 5, 7).double())
-    for shape in ((2, 12, 5, 7), (3, 12, 4, 6)):
-        x = torch.randint(-3, 4, shape).double()
-        one, two = x.clone(), x.clone()
-        with torch.no_grad():
-            want, got = model(one), fused(two)
-        assert all(torch.equal(w, g) for w, g in zip([*want], [*got], strict=True)) and torch.equal(one, two)
-        assert stays(count(fused, x))
+    tensors = integers((2, 12, 5, 7)), integers((3, 12, 4, 6), 1)
+    fused = exactly(model, *tensors, examples=torch.ones(2, 12, 5, 7).double())
+    assert all(stays(count(fused, x.clone())) for x in tensors)
 
 
 def unit(**dense: bool) -> nn.Module:
@@ -249,14 +242,10 @@ def unit(**dense: bool) -> nn.Module:
 @pytest.mark.parametrize("dense", ["", "reduce", "expand"])
 def test_the_unit_of_shufflenet(dense: str, capture: str) -> None:
     model = unit(**{dense: True})
-    fused = fxfuse.optimize(model, torch.ones(2, 12, 5, 7).double(), capture=capture)
-    for shape in ((2, 12, 5, 7), (3, 12, 4, 6)):
-        x = torch.randint(-3, 4, shape).double()
-        with torch.no_grad():
-            assert torch.equal(fused(x), model(x))
-        counts = count(fused, x)
-        assert counts["conv"] == 3 and not counts["bn"]
-        assert stays(counts) == (not dense) and not counts["channel_shuffle"]
+    tensors = integers((2, 12, 5, 7)), integers((3, 12, 4, 6), 1)
+    executed = {"conv": 3, "bn": 0, "channel_shuffle": 0}
+    fused = exactly(model, *tensors, examples=torch.ones(2, 12, 5, 7).double(), capture=capture, counts=executed)
+    assert all(stays(count(fused, x)) == (not dense) for x in tensors)
 
 
 @pytest.mark.parametrize("dense", ["reduce", "expand"])
@@ -302,8 +291,6 @@ def test_an_input_without_a_batch_dim_is_an_error_where_the_rank_was_taken_for_g
 def test_without_the_patterns_it_needs_it_stays() -> None:
     forward: Forward = lambda s, x: s.last(s.relu(s.d(s.n0(s.g(x)).relu()[:, ORDER])))  # noqa: E731
     model = randomize(Menu(forward).double(), seed=7, integer=True)
-    x = torch.randint(-3, 4, (2, 12, 5, 7)).double()
+    x, y = integers((2, 12, 5, 7)), integers((3, 12, 4, 6), 1)
     for patterns in ("-constant_weight", "conv_bn"):
-        fused = fxfuse.optimize(model, patterns=patterns)
-        with torch.no_grad():
-            assert torch.equal(fused(x), model(x)) and stays(count(fused, x))
+        assert stays(count(exactly(model, x, y, patterns=patterns), x))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exactly import exactly
 from helpers import count, randomize
-from law_cases import exact, merged
+from law_cases import exact, integers, merged
 from safety import agrees, model_of
 from torch import Tensor, nn
 
@@ -222,12 +223,7 @@ def test_under_autocast_the_bias_widens_nothing() -> None:
 
 
 def test_inputs_without_a_batch() -> None:
-    model = branch(bare)
-    fused = fxfuse.optimize(model)
-    assert swapped(fxfuse.report(fused)) == 1
-    for shape in (SHAPE[1:], SHAPE):
-        x = torch.randint(-3, 4, shape).double()
-        assert torch.equal(fused(x), model(x))
+    exactly(branch(bare), integers(SHAPE[1:]), integers(SHAPE), fires={"pool_swap": 1})
 
 
 @pytest.mark.parametrize("dims", [1, 3])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from affine_trees import CONVS, NORMS
-from helpers import assert_untouched, count, fingerprint, randomize
-from law_cases import inputs
+from exactly import MISSED, exactly
+from helpers import randomize
+from law_cases import counted, inputs
 from safety import model_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -93,37 +94,26 @@ MERGED: dict[str, tuple[Forward, str]] = {
 @pytest.mark.parametrize("name", MERGED)
 def test_sums_of_several_tensors(name: str, capture: str) -> None:
     forward, executed = MERGED[name]
-    net, tensors = model(forward), inputs(4, 2)
-    before = fingerprint(net)
-    fused = fxfuse.optimize(net, tensors[0], capture=capture)
-    assert all(torch.equal(fused(x), net(x)) for x in tensors)
-    assert_untouched(net, before)
-    counts = count(fused, tensors[0])
-    assert " ".join(f"{n} {counts[n]}" for n in ("conv", "add") if counts[n]) == executed
+    tensors, counts = inputs(4, 2), counted(executed)
+    exactly(model(forward), *tensors, examples=tensors[0], capture=capture, counts=counts, of=("conv", "add"))
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_other_ranks(rank: int) -> None:
     net, tensors = model(MERGED["two tensors in turn"][0], rank), inputs(4, rank)
     for examples in (None, tensors[0]):
-        fused = fxfuse.optimize(net, examples)
-        assert all(torch.equal(fused(x), net(x)) for x in tensors)
-        assert count(fused, tensors[0])["conv"] == 2
+        exactly(net, *tensors, examples=examples, counts={"conv": 2})
 
 
 @pytest.mark.parametrize("capture", ["symbolic", "export"])
 def test_a_sum_that_is_written_and_read_stays(capture: str) -> None:
-    net, tensors = model(written_twice), inputs(4, 2)
-    fused = fxfuse.optimize(net, tensors[0], capture=capture)
-    assert all(torch.equal(fused(x), net(x)) for x in tensors)
-    assert count(fused, tensors[0])["conv"] == 4
+    tensors = inputs(4, 2)
+    without = MISSED if capture == "export" else None
+    exactly(model(written_twice), *tensors, examples=tensors[0], capture=capture, counts={"conv": 4}, without=without)
 
 
 def test_a_sum_whose_size_is_asked_stays() -> None:
-    net, tensors = model(measured), inputs(4, 2)
-    fused = fxfuse.optimize(net)
-    assert all(torch.equal(fused(x), net(x)) for x in tensors)
-    assert count(fused, tensors[0])["conv"] == 3
+    exactly(model(measured), *inputs(4, 2), counts={"conv": 3})
 
 
 def test_it_is_done_once_and_new_weights_are_followed() -> None:
@@ -160,13 +150,8 @@ AGAIN: dict[str, Callable[[Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("name", AGAIN)
 def test_a_regrouped_sum_that_is_read_again(name: str, capture: str) -> None:
     net = model(lambda s, x, y: AGAIN[name](_sum(s, x, y), y.sign()))  # type: ignore[no-any-return]
-    tensors, before = inputs(4, 2), fingerprint(net)
-    fused = fxfuse.optimize(net, tensors[0], capture=capture)
-    for x in (*tensors, *tensors[:1]):
-        assert all(map(torch.equal, tree_leaves(fused(x)), tree_leaves(net(x))))
-    assert_untouched(net, before)
-    assert count(fused, tensors[0])["conv"] == 1
-    assert not fxfuse.report(fxfuse.optimize(fused)).fired
+    tensors = inputs(4, 2)
+    exactly(net, *tensors, examples=tensors[0], capture=capture, counts={"conv": 1})
 
 
 @pytest.mark.parametrize("name", AGAIN)
@@ -184,7 +169,4 @@ def test_two_sums_of_which_one_ends_in_the_other() -> None:
         outer: Tensor = inner + s.c(x) + inner.relu() + s.d(x)
         return outer
 
-    net, tensors = model(forward), inputs(4, 2)
-    fused = fxfuse.optimize(net)
-    assert all(torch.equal(fused(x), net(x)) for x in tensors)
-    assert count(fused, tensors[0])["conv"] == 2
+    exactly(model(forward), *inputs(4, 2), counts={"conv": 2})

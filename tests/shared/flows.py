@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from helpers import assert_untouched, fingerprint, randomize, relative_error
+from exactly import Call, Step, alike, holds, reported
+from helpers import randomize
 from safety import model_of
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.capture.copying import copied
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def pairs(forward: Callable[..., Any], **parts: Any) -> Any:
@@ -32,51 +28,28 @@ def tensors(count: int = 1, seed: int = 0) -> list[list[Tensor]]:
     return [[torch.randn(s, generator=random, dtype=torch.float64) for _ in range(count)] for s in shapes]
 
 
-def called(*builders: Callable[..., Call], count: int = 1) -> list[Call]:
+def called(*builders: Callable[..., tuple[Any, Any]], count: int = 1) -> list[Call]:
     """Calls made of fresh inputs, the builders in turn."""
     inputs = tensors(count)
     rounds = max(len(inputs), len(builders))
-    return [builders[i % len(builders)](*inputs[i % len(inputs)]) for i in range(rounds)]
+    return [Call(*builders[i % len(builders)](*inputs[i % len(inputs)])) for i in range(rounds)]
 
 
-def same_calls(model: nn.Module, calls: Sequence[Call], fires: bool | None = None, tolerance: float = 1e-12) -> Any:
-    """The optimized model does what eager does in every call, and the model stays as it was."""
+def same_calls(
+    model: nn.Module,
+    calls: Sequence[Call],
+    fires: bool | None = None,
+    tolerance: float = 1e-12,
+    without: Mapping[str, str] | None = None,
+) -> Any:
+    """`exactly` for calls of every kind, without gradients."""
     if model.training:
         model.eval()
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model)
-    if fires is not None:
-        assert bool(fxfuse.report(fused).fired) == fires, fxfuse.report(fused)
-    truth = copied(model)
-    for args, kwargs in calls:
-        want, theirs = _run(truth, args, kwargs)
-        got, ours = _run(fused, args, kwargs)
-        same(got, want, tolerance)
-        same(ours, theirs, tolerance)  # what was written to the inputs
-    assert_untouched(model, before)
+    fused = holds(model, [Step(Call(*call)) for call in calls], tolerance=tolerance, without=without)
+    reported(fxfuse.report(fused), fires)
     return fused
-
-
-def _run(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    given = copy.deepcopy((args, kwargs))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model(*given[0], **given[1]), given
 
 
 def same(got: Any, want: Any, tolerance: float = 1e-12) -> None:
     """The same containers of the same classes, with tensors that agree."""
-    assert type(got) is type(want), f"{type(got)} instead of {type(want)}"
-    if isinstance(want, Tensor):
-        assert got.dtype == want.dtype and relative_error(got, want) <= tolerance
-    elif isinstance(want, Mapping):
-        assert list(got) == list(want)
-        same([*got.values()], [*want.values()], tolerance)
-    elif dataclasses.is_dataclass(want):
-        same(vars(got), vars(want), tolerance)
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want)
-        for a, b in zip(got, want, strict=True):
-            same(a, b, tolerance)
-    else:
-        assert got == want
+    alike(got, want, tolerance)

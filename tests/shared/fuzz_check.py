@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from helpers import assert_untouched, fingerprint, relative_error
+from exactly import SEED, Call, outcome, same_outcome, same_state
+from helpers import assert_untouched, fingerprint
 from random_body import FINEST
 from random_models import Program
 from torch import Tensor, nn
@@ -42,15 +43,10 @@ def check(program: Program) -> Outcome:
         AssertionError: the result differs, or the model was changed.
     """
     truth = program.build()
-    with torch.set_grad_enabled(program.grad):
-        wanted = []
-        for run in (0, 1):
-            inputs = program.draw(run)
-            try:
-                torch.manual_seed(run)
-                wanted.append((truth(*inputs), inputs))
-            except Exception as error:
-                raise NoModel from error
+    wanted = [_run(truth, program, run) for run in (0, 1)]
+    for want in wanted:
+        if isinstance(want.value, Exception):
+            raise NoModel from want.value
     model = program.build()
     before, state = fingerprint(model), torch.get_rng_state()
     examples = program.draw(0) if program.examples else None
@@ -68,60 +64,27 @@ def check(program: Program) -> Outcome:
         fused = fxfuse.optimize(fused, examples, patterns=program.patterns)
     elif program.then == "copy":
         fused = copied(fused)
-    with torch.set_grad_enabled(program.grad):
-        for run, (want, theirs) in enumerate(wanted):
-            ours = program.draw(run)
-            torch.manual_seed(run)
-            try:
-                got = fused(*ours)
-            except AssertionError as error:
-                assert GUARD in str(error), error
-                return Outcome(len(report.fired), guarded=True)
-            # a mean over 15 positions is exact for some inputs only, and thirds add up to a round number by chance
-            exact = program.exact and "pool" not in program.source and _round((want, theirs))
-            _same(got, ours, want, theirs, exact, program.last)
+    for run, want in enumerate(wanted):
+        got = _run(fused, program, run)
+        if isinstance(got.value, AssertionError) and GUARD in str(got.value):
+            return Outcome(len(report.fired), guarded=True)
+        if isinstance(got.value, Exception):
+            raise got.value
+        # a mean over 15 positions is exact for some inputs only, and thirds add up to a round number by chance
+        exact = program.exact and "pool" not in program.source and _round((want.value, want.given))
+        # a forward that switches gradients on inside of no_grad is the one thing a trace does not see
+        views = {"views": False, "strides": not program.last, "grads": program.grad}
+        same_outcome(got, want, 0.0 if exact else TOLERANCE, **views)
     assert_untouched(model, before)
-    _same_state(truth, program.build(), fused, program.exact)
+    same_state(fused, truth, program.build(), 0.0 if program.exact else TOLERANCE)
     return Outcome(len(report.fired))
 
 
-def _same(got: Any, ours: tuple[Any, ...], want: Any, theirs: tuple[Any, ...], exact: bool, last: bool) -> None:
-    """The outputs, and what was written to the inputs."""
-    assert type(got) is type(want), f"{type(got).__name__} instead of {type(want).__name__}"
-    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
-        if not isinstance(b, Tensor):
-            assert a == b, f"{a} instead of {b}"
-            continue
-        # a forward that switches gradients on inside of no_grad is the one thing a trace does not see
-        for what in ("shape", "dtype", "requires_grad")[: 3 if torch.is_grad_enabled() else 2]:
-            assert getattr(a, what) == getattr(b, what), f"{what} {getattr(a, what)} instead of {getattr(b, what)}"
-        # what eager returns as a part or a permutation of another tensor may be a tensor of its own
-        assert last or a.is_contiguous() or not b.is_contiguous(), f"strides {a.stride()} instead of {b.stride()}"
-        _close(a, b, exact, "output")
-        assert [_shares(a, x) for x in ours] == [_shares(b, x) for x in theirs], "output and input share memory"
-    for a, b in zip(ours, theirs, strict=True):
-        if isinstance(b, Tensor):
-            _close(a, b, exact, "input afterwards")
+def _run(model: nn.Module, program: Program, run: int) -> Any:
+    return outcome(model, Call(program.draw(run), {}), program.grad, lambda _: SEED(run))
 
 
 def _round(values: Any) -> bool:
     """Whether all numbers are so round that none can come from a division that was not exact."""
     fine = [v.detach() * FINEST for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point()]
     return all(torch.equal(v, v.round()) for v in fine)
-
-
-def _close(a: Tensor, b: Tensor, exact: bool, what: str) -> None:
-    error = relative_error(a, b)
-    assert torch.equal(a, b) if exact else error <= TOLERANCE, f"{what} differs by {error:.1e}"
-
-
-def _same_state(truth: nn.Module, fresh: nn.Module, fused: nn.Module, exact: bool) -> None:
-    """Buffers and parameters that the calls changed, changed alike in the result."""
-    start, kept = fresh.state_dict(), fused.state_dict()
-    for name, tensor in truth.state_dict().items():
-        if not torch.equal(tensor, start[name]) and name in kept:
-            _close(kept[name], tensor, exact, f"{name} afterwards")
-
-
-def _shares(a: Tensor, b: Any) -> bool:
-    return isinstance(b, Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0

@@ -176,7 +176,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def count(model: nn.Module, *inputs: Any) -> Counter[str]:
+def count(model: nn.Module, *inputs: Any, **named: Any) -> Counter[str]:
     """How often each aten operator runs in one call of the model, without gradients.
 
     Operators of a family share a key: "conv" (also transposed), "bn", "add" (also in place),
@@ -185,7 +185,7 @@ def count(model: nn.Module, *inputs: Any) -> Counter[str]:
     """
     mode = _Counting()
     with torch.no_grad(), mode:
-        model(*inputs)
+        model(*inputs, **named)
     return mode.counts
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from affine_trees import Function
-from helpers import assert_untouched, count, fingerprint, randomize
+from exactly import exactly
+from helpers import randomize
 from torch import Tensor, nn
 
 import fxfuse
@@ -22,6 +24,7 @@ Case = tuple[Forward, dict[str, nn.Module], str]  # what a forward of these part
 SIZES = {0: ((), ()), 1: ((9,), (6,)), 2: ((9, 7), (6, 11)), 3: ((5, 4, 6), (4, 6, 3))}
 C2, BN2, LINEAR = nn.Conv2d, nn.BatchNorm2d, nn.Linear
 ONE = {"conv": 1}
+SLICED = {"views": "eager returns a part of the channels, which becomes a layer of its own"}
 
 
 def integers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -33,22 +36,24 @@ def inputs(channels: int, spatial: int) -> list[Tensor]:
     return [integers((2 - i, channels, *size), i) for i, size in enumerate(SIZES[spatial])]
 
 
-def optimized(build: Build, tensors: list[Tensor], patterns: Any) -> tuple[nn.Module, Any]:
-    """The model and its rewrite, which is exact on every tensor and leaves the model alone."""
+def check(
+    build: Build, tensors: list[Tensor], executed: dict[str, int] | None, patterns: Any = EVERY, **options: Any
+) -> Any:
+    """The rewrite is exact on every tensor and executes what is said, and nothing else of `LAYERS`."""
     model = randomize(build().double(), integer=True)
-    expected, before = [model(x) for x in tensors], fingerprint(model)
-    fused = fxfuse.optimize(model, tensors[0], patterns=patterns)
-    for x, y in zip(tensors, expected, strict=True):
-        assert torch.equal(fused(x), y)
-    assert_untouched(model, before)
-    return model, fused
+    options = {"examples": tensors[0], "patterns": patterns, "counts": executed, "of": LAYERS} | options
+    return exactly(model, *tensors, **options)
 
 
-def check(build: Build, tensors: list[Tensor], executed: dict[str, int]) -> None:
-    """The rewrite is exact on every tensor, executes what is said and leaves the model alone."""
-    _, fused = optimized(build, tensors, EVERY)
-    counts = count(fused, tensors[0])
-    assert {name: counts[name] for name in LAYERS if counts[name]} == executed, fxfuse.report(fused)
+def layout(name: str) -> dict[str, Any]:
+    """What a case cannot hold."""
+    return {"without": SLICED} if re.search(r"slice( of one group| after)?$|every second channel after$", name) else {}
+
+
+def counted(words: str) -> dict[str, int]:
+    """`conv 2 add 1` as numbers of operators."""
+    names = words.split()
+    return dict(zip(names[::2], map(int, names[1::2]), strict=True))
 
 
 def pad(*amounts: int, mode: str = "constant", value: float | None = None) -> nn.Module:
@@ -95,18 +100,14 @@ class Numbers(nn.Module):
         return self.formula(self.conv(x), self.c)
 
 
-def exact(model: nn.Module, shape: tuple[int, ...] = (2, 12, 7, 5), **options: Any) -> tuple[nn.Module, Any]:
-    """The optimized model, equal to eager on two inputs, with its report; optimizing it again changes nothing."""
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model, **options)
-    for seed, batch in enumerate((shape[0], shape[0] + 1)):
-        x = integers((batch, *shape[1:]), seed)
-        with torch.no_grad():
-            got, want = fused(x.clone()), model(x.clone())
-        for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
-            assert torch.equal(a, b) and a.stride() == b.stride()
-    assert_untouched(model, before)
-    assert not fxfuse.report(fxfuse.optimize(fused, **options)).fired
+def exact(
+    model: nn.Module, shape: tuple[int, ...] = (2, 12, 7, 5), example_inputs: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    """The optimized model, checked on two batches, with its report; captured again the same way it does not change."""
+    x, y = (integers((batch, *shape[1:]), seed) for seed, batch in enumerate((shape[0], shape[0] + 1)))
+    fused = exactly(model, x, y, examples=example_inputs, **options)
+    if "capture" in options:
+        assert not fxfuse.report(fxfuse.optimize(fused, example_inputs, **options)).fired
     return fused, fxfuse.report(fused)
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from helpers import assert_untouched, fingerprint, randomize, relative_error
+from exactly import SEED, Step, as_call, holds, reported
+from helpers import randomize
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import fxfuse
-from fxfuse.capture.copying import copied
 
 SHAPES = ((2, 4, 8, 7), (3, 4, 6, 9))
 Draw = Callable[[tuple[int, ...], torch.Generator], Any]
@@ -50,63 +48,21 @@ def agrees(
     examples: Any = None,
     fires: bool | None = None,
     refused: str = "",
-    reseed: Callable[[int], Any] = torch.manual_seed,
+    reseed: Callable[[int], Any] = SEED,
     capture: str | None = None,
+    without: Mapping[str, str] | None = None,
 ) -> Any:
-    """The optimized model does what eager does, call after call, and the model stays as it was.
+    """`exactly` on inputs drawn anew for every call, of each shape twice: without gradients, then with them.
 
-    Outputs (values, shapes, dtypes, strides, requires_grad, sharing of memory with the inputs), what is
-    written to the inputs, errors, and the random numbers drawn are compared, with and without gradients,
-    for the result itself and for a deep copy of it. `reseed` runs before every call.
+    Errors are outcomes too, and so are the random numbers drawn; `reseed` runs before every call.
     """
     model.eval()
-    before, state = fingerprint(model), torch.get_rng_state()
-    fused = fxfuse.optimize(model, examples, capture=capture)
-    assert torch.equal(state, torch.get_rng_state())
-    report = fxfuse.report(fused)
-    if fires is not None:
-        assert bool(report.fired) == fires, report
-    if refused:
-        assert any(refused in r.reason for r in report.refused), report
-    for candidate in (copied(fused), fused):
-        truth = copied(model)
-        for number, shape in enumerate((*shapes, *shapes)):
-            inputs = draw(shape, torch.Generator().manual_seed(number))
-            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-            with torch.set_grad_enabled(number >= len(shapes)):
-                _same_call(truth, candidate, inputs, tolerance, reseed)
-        assert_untouched(model, before)
+    drawn = [draw(shape, torch.Generator().manual_seed(i)) for i, shape in enumerate((*shapes, *shapes))]
+    steps = [Step(as_call(x), i >= len(shapes)) for i, x in enumerate(drawn)]
+    options: dict[str, Any] = {"reseed": reseed, "errors": True, "capture": capture, "without": without}
+    fused = holds(model, steps, examples, tolerance=tolerance, **options)
+    reported(fxfuse.report(fused), fires, refused or ())
     return fused
-
-
-def _same_call(truth: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], tolerance: float, reseed: Any) -> None:
-    ours, theirs = copy.deepcopy(inputs), copy.deepcopy(inputs)
-    want, got = _call(truth, theirs, reseed), _call(candidate, ours, reseed)
-    if isinstance(want, Exception) or isinstance(got, Exception):
-        assert isinstance(want, Exception) and isinstance(got, Exception), (want, got)
-        return
-    assert type(got) is type(want)
-    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
-        if not isinstance(b, Tensor):
-            assert a == b
-            continue
-        assert (a.shape, a.dtype, a.stride(), a.requires_grad) == (b.shape, b.dtype, b.stride(), b.requires_grad)
-        assert relative_error(a, b) <= tolerance
-        assert [_shares(a, x) for x in tree_leaves(ours)] == [_shares(b, x) for x in tree_leaves(theirs)]
-    assert relative_error(ours, theirs) <= tolerance  # what the model wrote to its inputs
-
-
-def _call(model: nn.Module, inputs: tuple[Any, ...], reseed: Any) -> Any:
-    torch.manual_seed(0)
-    reseed(0)
-    try:
-        return model(*inputs)
-    except Exception as error:
-        return error
-
-
-def _shares(a: Tensor, b: Any) -> bool:
-    return isinstance(b, Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
 
 
 def pickled(module: nn.Module) -> Any:

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from block_results import EXPECTED, OPERATIONS, ROUNDING
-from helpers import assert_untouched, count, fingerprint, randomize, relative_error
+from exactly import exactly
+from helpers import randomize
 
 import fxfuse
 from examples.blocks import BLOCKS
@@ -37,17 +38,9 @@ def test_every_block_has_a_row() -> None:
 def test_block(name: str) -> None:
     block, (operations, reasons) = BLOCKS[name], EXPECTED[name]
     model = randomize(block.build()).double()
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model)
-    assert_untouched(model, before)
-    for shape in block.shapes:
-        x = torch.randn(shape, dtype=torch.float64)
-        with torch.no_grad():
-            assert relative_error(fused(x), model(x)) < 1e-13
-        counted = count(fused, x)
-        assert " ".join(str(counted[o]) for o in OPERATIONS) == operations
-    assert_untouched(model, before)
-    report = fxfuse.report(fused)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in block.shapes]
+    counts = dict(zip(OPERATIONS, map(int, operations.split()), strict=True))
+    report = fxfuse.report(exactly(model, *tensors, counts=counts, tolerance=1e-13))
     assert {r.reason for r in report.refused} == {
         r.reason for r in report.refused for k in reasons.split() if re.search(REASONS[k], r.reason)
     }
@@ -59,11 +52,7 @@ def test_block(name: str) -> None:
 def test_block_is_exact_on_integers(name: str) -> None:
     block = BLOCKS[name]
     model = randomize(block.build().double(), seed=3, integer=True)
-    fused = fxfuse.optimize(model)
-    for shape in block.shapes:
-        x = torch.randint(-3, 4, shape).double()
-        with torch.no_grad():
-            assert torch.equal(fused(x), model(x))
+    exactly(model, *(torch.randint(-3, 4, shape).double() for shape in block.shapes))
 
 
 @pytest.mark.parametrize(
@@ -72,11 +61,8 @@ def test_block_is_exact_on_integers(name: str) -> None:
 def test_a_pair_that_costs_more_is_merged_when_asked_for(name: str) -> None:
     block = BLOCKS[name]
     model = randomize(block.build().double(), integer=True)
-    fused = fxfuse.optimize(model, patterns=["conv_chain!"])
-    x = torch.randint(-3, 4, block.shapes[0]).double()
-    assert count(fused, x)["conv"] == 1
-    with torch.no_grad():
-        assert torch.equal(fused(x), model(x))
+    tensors = (torch.randint(-3, 4, shape).double() for shape in block.shapes)
+    exactly(model, *tensors, patterns=["conv_chain!"], counts={"conv": 1})
 
 
 @pytest.mark.parametrize("name", ["bsconv_u", "bsconv_u_bn", "depthwise_separable"])

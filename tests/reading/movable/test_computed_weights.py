@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_untouched, count, fingerprint, randomize, relative_error
+from exactly import exactly
+from helpers import count, randomize, relative_error
 from torch import Tensor, nn
 from torchvision_ops import declare_missing_ops
 
@@ -53,24 +54,16 @@ def whole(shape: tuple[int, ...]) -> Tensor:
     return torch.randint(-2, 3, shape).double()
 
 
-def exact(model: nn.Module, norms: int, **options: Any) -> Any:
+def mixed_exactly(model: nn.Module, norms: int, **options: Any) -> Any:
     model = randomize(model.double(), seed=2, integer=True)
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model, **options)
-    assert_untouched(model, before)
-    with torch.no_grad():
-        for shape in ((1, WIDTH, 5, 6), (3, WIDTH, 7, 4), (2, WIDTH, 3, 3)):
-            x = whole(shape)
-            assert torch.equal(fused(x), model(x))
-            assert count(fused, x)["bn"] == norms
-    assert fxfuse.report(fxfuse.optimize(fused)).fired == ()
-    return fused
+    tensors = map(whole, ((1, WIDTH, 5, 6), (3, WIDTH, 7, 4), (2, WIDTH, 3, 3)))
+    return exactly(model, *tensors, counts={"bn": norms}, **options)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_batch_norm_goes_to_the_bank(bias: bool, groups: int) -> None:
-    report = fxfuse.report(exact(Mixed(lambda s, x: s.norm(s.mixed(x)).relu(), bias, groups), 0))
+    report = fxfuse.report(mixed_exactly(Mixed(lambda s, x: s.norm(s.mixed(x)).relu(), bias, groups), 0))
     assert {p for f in report.fired for p in f.patterns} == {"runtime_weight"}
 
 
@@ -88,7 +81,7 @@ FACTORS: dict[str, tuple[Callable[..., Tensor], int]] = {
 @pytest.mark.parametrize("name", FACTORS)
 def test_what_follows(name: str) -> None:
     forward, norms = FACTORS[name]
-    exact(Mixed(forward), norms)
+    mixed_exactly(Mixed(forward), norms)
 
 
 def test_samples_and_channels_the_other_way_round_stay() -> None:
@@ -100,7 +93,7 @@ def test_samples_and_channels_the_other_way_round_stay() -> None:
         y = F.conv2d(x.reshape(1, b * c, h, w), weight, None, padding=1, groups=b)
         return self.norm(y.view(WIDTH, b, h, w).transpose(0, 1))  # type: ignore[no-any-return]
 
-    exact(Mixed(forward, bias=False), 1)
+    mixed_exactly(Mixed(forward, bias=False), 1)
 
 
 def test_a_bank_with_another_reader_stays() -> None:
@@ -112,13 +105,13 @@ def test_a_bank_with_another_reader_stays() -> None:
         )
         return self.norm(y.view(b, WIDTH, h, w)) + mixed.sum()  # type: ignore[no-any-return]
 
-    exact(Mixed(forward, bias=False), 1)
+    mixed_exactly(Mixed(forward, bias=False), 1)
 
 
 def test_switched_off_and_refreshed() -> None:
     model = Mixed(lambda s, x: s.norm(s.mixed(x)), bias=False)
-    exact(model, 1, patterns=["-runtime_weight"])
-    fused = exact(model, 0)
+    mixed_exactly(model, 1, patterns=["-runtime_weight"])
+    fused = mixed_exactly(model, 0)
     with torch.no_grad():
         model.norm.running_var.mul_(3)
         model.bank.mul_(-2)
@@ -146,11 +139,8 @@ class Conditional(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 def test_conditional_convolutions_of_timm(bias: bool, groups: int) -> None:
     model = randomize(Conditional(bias, groups)).double()
-    fused = fxfuse.optimize(model)
-    for shape in ((1, 8, 6, 5), (3, 8, 5, 9)):
-        x = torch.randn(shape).double()
-        assert relative_error(fused(x), model(x)) < 1e-12
-        assert count(fused, x)["bn"] == 0
+    tensors = (torch.randn(shape).double() for shape in ((1, 8, 6, 5), (3, 8, 5, 9)))
+    exactly(model, *tensors, counts={"bn": 0}, tolerance=1e-12)
 
 
 def test_a_model_of_them() -> None:
@@ -193,14 +183,5 @@ DEFORMED: dict[str, tuple[Callable[..., Tensor], int]] = {
 def test_deformable_convolutions(name: str, bias: bool) -> None:
     forward, norms = DEFORMED[name]
     model = randomize(Deformed(forward, bias)).double()
-    fused = fxfuse.optimize(model)
-    for shape in ((1, 4, 6, 5), (2, 4, 7, 8)):
-        x = torch.randn(shape).double()
-        assert relative_error(fused(x), model(x)) < 1e-12
-        assert count(fused, x)["bn"] == norms, fxfuse.report(fused)
-    if not norms:
-        with torch.no_grad():
-            model.norm.weight.mul_(-2)
-        fxfuse.refresh(fused, model)
-        assert relative_error(fused(x), model(x)) < 1e-12
-        assert fxfuse.report(fxfuse.optimize(fused)).fired == ()
+    tensors = (torch.randn(shape).double() for shape in ((1, 4, 6, 5), (2, 4, 7, 8)))
+    exactly(model, *tensors, counts={"bn": norms}, tolerance=1e-12)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_untouched, count, fingerprint, randomize
+from exactly import exactly
+from helpers import randomize
+from law_cases import integers
 from torch import Tensor, nn
 
 import fxfuse
@@ -25,26 +27,11 @@ class Parts(nn.Module):
         return self.act(self, x, y)
 
 
-def run(forward: Callable[..., Any], norms: int, draw: Any = None, **options: Any) -> Any:
+def run(forward: Callable[..., Any], norms: int, **options: Any) -> Any:
     model = randomize(Parts(forward, **options).double(), seed=1, integer=True)
-    before = fingerprint(model)
-    examples = [torch.ones(2, c, 6, 6).double() for c in (3, 2)]
-    fused = fxfuse.optimize(model, tuple(examples))
-    assert_untouched(model, before)
-    for size in ((2, 7, 6), (1, 5, 9)):
-        b, *image = size
-        inputs = [torch.randint(-4, 5, (b, c, *image)).double() for c in (3, 2)]
-        ours, theirs = [t.clone() for t in inputs], [t.clone() for t in inputs]
-        with torch.no_grad():
-            assert torch.equal(fused(*ours), model(*theirs))
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        assert count(fused, *inputs)["bn"] == norms, fxfuse.report(fused)
-    assert fxfuse.report(fxfuse.optimize(fused, tuple(examples))).fired == ()
-    with torch.no_grad():
-        model.n.running_mean.add_(1)
-        fxfuse.refresh(fused, model)
-        assert torch.allclose(fused(*(t.clone() for t in inputs)), model(*(t.clone() for t in inputs)))
-    return fused
+    examples = tuple(torch.ones(2, c, 6, 6).double() for c in (3, 2))
+    inputs = [tuple(integers((b, c, *size), c) for c in (3, 2)) for b, *size in ((2, 7, 6), (1, 5, 9))]
+    return exactly(model, *inputs, examples=examples, counts={"bn": norms})
 
 
 def square(s: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_untouched, count, fingerprint, randomize
+from exactly import exactly
+from helpers import count, randomize
 from law_cases import Case, integers
 from safety import model_of
 from torch import Tensor, nn
@@ -47,14 +48,9 @@ def compared(
     """Outputs are equal on all shapes; what the result executes, and its report."""
     forward, parts, _ = case
     model = randomize(model_of(forward, **parts).double(), integer=True)
-    before = fingerprint(model)
-    fused = fxfuse.optimize(model, integers(shapes[0]) if examples else None, capture=capture)
-    for number, shape in enumerate(shapes):
-        x = integers(shape, number)
-        got, want = fused(x), model(x)
-        assert torch.equal(got, want) and got.stride() == want.stride()
-    assert_untouched(model, before)
-    counts = count(fused, integers(shapes[0]))
+    tensors = [integers(shape, number) for number, shape in enumerate(shapes)]
+    fused = exactly(model, *tensors, examples=tensors[0] if examples else None, capture=capture)
+    counts = count(fused, tensors[0])
     return {name: counts[name] for name in LAYERS if counts[name]}, fxfuse.report(fused)
 
 
@@ -196,10 +192,8 @@ def test_a_detour_leaves_nothing_behind() -> None:
     forward, parts, _ = FROM_TOKENS["levit"]
     shape = model_of(lambda s, x: forward(s, s.b(x).flatten(2).transpose(1, 2)), b=bn(2), **parts)
     model = randomize(shape.double(), integer=True)
-    fused = fxfuse.optimize(model)
+    fused = exactly(model, *map(integers, IMAGES))
     assert [n.op for n in fused.graph.nodes if n.target in ("flatten", "reshape_as")] == ["call_method"]
-    x = integers(IMAGES[1])
-    assert torch.equal(fused(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["levit", "levit in functions", "transposed and back", "heads", "contiguous"])
@@ -223,10 +217,8 @@ def test_a_batch_norm_that_moves_leaves_its_order_in_memory(examples: bool) -> N
         return torch.cat([z, w.permute(0, 2, 3, 1).view(x.shape[0], -1)], 1)
 
     model = randomize(model_of(forward, b=bn(2), f=linear(), n=bn(), m=bn(2)).double(), integer=True)
-    fused = fxfuse.optimize(model, integers(IMAGES[0]) if examples else None)
-    for x in (integers(IMAGES[1]), integers((3, 4, 8, 2)).mT, integers((3, 2, 8, 4)).movedim(3, 1)):
-        assert torch.equal(fused(x), model(x)) and fused(x).stride() == model(x).stride()
-    assert count(fused, integers(IMAGES[0]))["bn"] == 0
+    tensors = integers(IMAGES[1]), integers((3, 4, 8, 2)).mT, integers((3, 2, 8, 4)).movedim(3, 1)
+    exactly(model, *tensors, examples=integers(IMAGES[0]) if examples else None, counts={"bn": 0})
 
 
 # What stays is executed as before; the reason is in the report.
