@@ -49,7 +49,9 @@ def _stored(op: Operator, numbers: Numbers, values: Values) -> Stored | Refusal:
         (op.bias, (op.out_channels,), numbers.bias),
         (op.framed, (op.out_channels, 1, *op.kernel), numbers.frame),
     ):
-        rounded = torch.zeros(shape, dtype=dtype) if exact is None else exact.to(dtype)
+        rounded = (
+            torch.zeros(shape, dtype=dtype) if exact is None else exact.to(dtype, copy=True)
+        )  # not the model's own
         if wanted and exact is not None and exact.device.type != "meta" and not torch.isfinite(rounded).all():
             return overflow(exact, dtype)
         more.append(rounded.contiguous().to(device) if wanted else None)
