@@ -53,9 +53,10 @@ class FuseTracer(Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         self._modes = _modes()
         self.numbers = {}
+        forward = type(root).forward if isinstance(root, nn.Module) else root
         if isinstance(root, nn.Module):
-            _refuse_catching(type(root).forward)
-        with extremes_recorded():
+            _refuse_catching(forward)
+        with extremes_recorded(forward):
             return super().trace(root, concrete_args)
 
     def proxy(self, node: Node) -> Proxy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -129,12 +130,15 @@ def number_type(node: Node) -> type | None:
 
 
 @contextmanager
-def extremes_recorded() -> Iterator[None]:
+def extremes_recorded(forward: Any) -> Iterator[None]:
     """Meanwhile `max` and `min` of traced numbers become nodes, where comparing them would stop the trace.
 
-    "Same" padding is `max(..., 0)` of an expression in the input's size.
+    "Same" padding is `max(..., 0)` of an expression in the input's size. The code of a graph has imported the two into
+    its own names.
     """
     originals = {name: getattr(builtins, name) for name in ("max", "min")}
+    own = getattr(inspect.unwrap(forward), "__globals__", {})
+    places = [(names, n) for names in (vars(builtins), own) for n, f in originals.items() if names.get(n) is f]
 
     def recording(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -145,10 +149,10 @@ def extremes_recorded() -> Iterator[None]:
 
         return call
 
-    for name, original in originals.items():
-        setattr(builtins, name, recording(original))
+    for names, name in places:
+        names[name] = recording(originals[name])
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(builtins, name, original)
+        for names, name in places:
+            names[name] = originals[name]
