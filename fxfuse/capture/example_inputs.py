@@ -37,17 +37,11 @@ def bound(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One value, by the expression for it (`xs[0]`): a parameter of the forward, or an entry of a container.
-
-    `note` is how the conditions of torch.export call it; `key` is where it is in the part `inside`.
-    """
+    """One value, by the expression for it (`xs[0]`): a parameter of the forward, or an entry of a container."""
 
     name: str
-    note: str
     value: Any
-    inside: str = ""
-    key: Any = None
-    leaf: bool = True
+    leaf: bool
 
 
 def parts(model: nn.Module, inputs: tuple[Any, ...]) -> list[Part]:
@@ -56,18 +50,15 @@ def parts(model: nn.Module, inputs: tuple[Any, ...]) -> list[Part]:
     Raises:
         ValueError: they do not fit the forward.
     """
-    given = bound(model, inputs).items()
-    return [p for name, value in given for p in _below(Part(name, f"L['{name}']", value))]
+    return [part for name, value in bound(model, inputs).items() for part in _parts(name, value)]
 
 
-def _below(part: Part) -> Iterator[Part]:
-    inner, _ = pytree.tree_flatten_with_path(part.value, is_leaf=lambda v: v is not part.value)
-    if len(inner) == 1 and inner[0][1] is part.value:
-        yield part
-        return
-    yield Part(part.name, part.note, part.value, part.inside, part.key, leaf=False)
-    for (key,), value in inner:
-        yield from _below(Part(f"{part.name}{key}", f"{part.note}{key}", value, part.name, key))
+def _parts(name: str, value: Any) -> Iterator[Part]:
+    inner, _ = pytree.tree_flatten_with_path(value, is_leaf=lambda v: v is not value)
+    leaf = len(inner) == 1 and inner[0][1] is value
+    yield Part(name, value, leaf)
+    for (key,), entry in () if leaf else inner:
+        yield from _parts(f"{name}{key}", entry)
 
 
 def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

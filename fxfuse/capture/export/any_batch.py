@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
-from fxfuse.capture.example_inputs import Part, parts
+from fxfuse.capture.example_inputs import Part, bound, parts
 from fxfuse.capture.export.conditions import VARIES, Conditions, conditions, input_values, number
 from fxfuse.names import is_aten
 from fxfuse.ops.aten import whole_slice
@@ -60,9 +60,8 @@ def _resized(tensor: Tensor, size: int) -> Tensor:
 
 
 def _hold(texts: Conditions, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    values = {p.name: p.value for p in parts(model, inputs) if not p.inside}
     try:
-        return all(eval(text, {}, values) for text in texts)
+        return all(eval(text, {}, bound(model, inputs)) for text in texts)
     except ArithmeticError:  # x % 0
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ def conditions(program: Any, leaves: Sequence[Part]) -> Conditions:
         for dim, size in enumerate(value.shape if isinstance(part.value, Tensor) else ()):
             for text in _bounds(program, f"{part.name}.size({dim})", size, first):
                 found.setdefault(text, "")
-    names = {p.note: p.name for p in leaves}
     for guard, place in zip(program._guards_code, _places(program), strict=True):
-        found.setdefault(_readable(guard, names), place)
+        found.setdefault(ast.unparse(_Readable().visit(ast.parse(guard, mode="eval"))), place)
     return found
 
 
@@ -72,28 +71,13 @@ def _places(program: Any) -> list[str]:
     return [f"{f.filename}:{f.lineno}" if own else "" for f, own in zip(frames, ours, strict=True)]
 
 
-def _readable(guard: str, names: Mapping[str, str]) -> str:
+class _Readable(ast.NodeTransformer):
     """A guard as torch.export writes it (`L['x'].size()[2] > 4`) in terms of the inputs: `x.size(2) > 4`."""
-    return ast.unparse(_Renamed(names).visit(ast.parse(guard, mode="eval")))
-
-
-class _Renamed(ast.NodeTransformer):
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self.names = names
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        """`L['x']` is x, and `x.size()[2]` is x.size(2)."""
-        value = node.value
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and not value.args:
-            return ast.Call(ast.Attribute(self.visit(value.func.value), value.func.attr), [node.slice], [])
-        return self._renamed(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        """`L['pair'].first` is pair.first."""
-        return self._renamed(node)
-
-    def _renamed(self, node: ast.expr) -> ast.expr:
-        if (text := ast.unparse(node)) in self.names:
-            return ast.parse(self.names[text], mode="eval").body
-        self.generic_visit(node)
-        return node
+        value = self.visit(node.value)
+        if isinstance(value, ast.Name) and value.id == "L" and isinstance(node.slice, ast.Constant):
+            return ast.Name(str(node.slice.value))
+        if isinstance(value, ast.Call) and not value.args:
+            return ast.Call(value.func, [node.slice], [])
+        return ast.Subscript(value, node.slice)

@@ -8,7 +8,6 @@ that torch.export decided on the way, and each node notes what is thereby certai
 from __future__ import annotations
 
 import inspect
-import operator
 import re
 from collections import OrderedDict, namedtuple
 from collections.abc import Collection, Iterator, Sequence
@@ -76,19 +75,14 @@ class _Rebuilder:
         where nothing but numbers of channels is taken for granted. Whether it does is returned.
         """
         made, left_out = self._placeholders({p.name for p in given})
-        check = InputChecks(self.graph, made)
+        check, placeholders = InputChecks(self.graph, made), iter(self.source.graph.find_nodes(op="placeholder"))
         for part in given:
-            if part.inside:
-                field = isinstance(part.key, pytree.GetAttrKey)
-                take, index = (getattr, part.key.name) if field else (operator.getitem, _index(part.key))
-                made[part.name] = self.graph.call_function(take, (made[part.inside], index))
-            if not part.leaf:
+            if part.leaf:
+                node = next(placeholders)
+                self.nodes[node] = check.value(part.name, part.value)
+                self._know(self.nodes[node], node)
+            else:
                 check.length(part.name, len(part.value))
-        placeholders = [n for n in self.source.graph.nodes if n.op == "placeholder"]
-        for part, node in zip((p for p in given if p.leaf), placeholders, strict=True):
-            self.nodes[node] = made[part.name]
-            self._know(made[part.name], node)
-            check.value(part.name, part.value)
         for name, default in left_out.items():
             check.value(name, default)
         for text, place in holds.items():
@@ -180,10 +174,6 @@ class _Rebuilder:
             varies = node.meta.get(VARIES, ())
             sizes = tuple(None if dim in varies else number(size) for dim, size in enumerate(value.shape))
             new.meta[KNOWN] = (sizes, value.dtype)
-
-
-def _index(key: Any) -> Any:
-    return key.idx if isinstance(key, pytree.SequenceKey) else key.key
 
 
 def _line(node: Node) -> str:
