@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,20 +72,12 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None) ->
     except CaptureError as error:
         if how == "symbolic":
             raise
-        exported = _exported(model, inputs)
-        return exported or survey.python("", model, error.place)
+        with suppress(CaptureError):  # the next way needs nothing of what stopped this one
+            exported = None if inputs is None else export(model, inputs)
+            if exported is not None and exported.general:  # for every batch and size: no call fails that worked before
+                return Part("", model, exported)
+        return survey.python("", model, error.place)
     return survey.graph("", model, captured, descend=how is None)
-
-
-def _exported(model: nn.Module, inputs: tuple[Any, ...] | None) -> Part | None:
-    """The exported model, where its graph holds for every batch and size: it costs no call that worked before."""
-    if inputs is None:
-        return None
-    try:
-        captured = export(model, inputs)
-    except CaptureError:  # the next way needs nothing of what stopped this one
-        return None
-    return Part("", model, captured) if captured.general else None
 
 
 class _Survey:
@@ -122,15 +115,15 @@ class _Survey:
 
     def python(self, path: str, module: nn.Module, reason: str) -> Part:
         """A module that stays Python, and what can be taken of it."""
-        found = reach(module)
+        found, where = reach(module), path or type(module).__name__
         parts = [
             replace(p, asked=frozenset(found.asked.get(name, ())))
             for name, m, given in found.replaceable(module)
             for p in self.take(below(path, name), m, given)
         ]
-        refused = [stays(path or type(module).__name__, reason)]
+        refused = [stays(where, reason)]
         if found.opaque and any(module.children()):
-            refused.append(Refusal(STAYS, path or type(module).__name__, detail=found.opaque))
+            refused.append(Refusal(STAYS, where, detail=found.opaque))
         refused += [
             Refusal(
                 "the module stays as it is: the Python code around it uses more of it than its call",
@@ -139,6 +132,6 @@ class _Survey:
                 remedy="only call it there",
             )
             for name, place in found.used.items()
-            if any(True for _ in module._modules[name].parameters())  # type: ignore[union-attr]
+            if next(module.get_submodule(name).parameters(), None) is not None
         ]
         return Part(path, module, None, tuple(parts), tuple(refused))

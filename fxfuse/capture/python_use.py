@@ -47,15 +47,12 @@ class Reach:
         for name, child in module._modules.items():
             if child is None or name in self.used:
                 continue
-            given = _one(self.elements.get(name, set()) | self.called.get(name, set()))
+            counts = self.elements.get(name, set()) | self.called.get(name, set())
+            given = counts.pop() if len(counts) == 1 else None
             if name in self.elements:
                 yield from ((f"{name}.{key}", m, given) for key, m in child._modules.items() if m is not None)
             elif name in self.called:
                 yield name, child, given
-
-
-def _one(counts: set[int | None]) -> int | None:
-    return next(iter(counts)) if len(counts) == 1 else None
 
 
 def reach(module: nn.Module) -> Reach:
@@ -67,7 +64,17 @@ def reach(module: nn.Module) -> Reach:
     if "forward" in module.__dict__ or any(getattr(module, h) for h in ("_forward_hooks", "_forward_pre_hooks")):
         found.opaque = "its forward is replaced or has hooks"
         return found
-    _Methods(module, found).run()
+    waiting, seen = [("forward", 0)], set[Any]()
+    while waiting and not found.opaque:
+        name, start = waiting.pop()
+        function, owner = _method(module, name, start) or (None, 0)
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if (source := source_of(function)) is None:
+            found.opaque = f"the source of {name} is not there to be read"
+        else:
+            _Uses(module, found, waiting, source, owner, name).walk()
     kept = {id(m) for m in _held(vars(module))}
     for name, child in module._modules.items():
         if child is not None and not kept.isdisjoint(id(m) for m in child.modules()):
@@ -75,86 +82,69 @@ def reach(module: nn.Module) -> Reach:
     return found
 
 
-class _Methods:
-    """Walks the methods that `forward` can reach, each once."""
-
-    def __init__(self, module: nn.Module, found: Reach) -> None:
-        self.module, self.found = module, found
-        self.waiting: list[tuple[str, int]] = [("forward", 0)]
-
-    def run(self) -> None:
-        seen = set[Any]()
-        while self.waiting and not self.found.opaque:
-            name, start = self.waiting.pop()
-            function, owner = self.method(name, start) or (None, 0)
-            if function is None or function in seen:
-                continue
-            seen.add(function)
-            source = source_of(function)
-            if source is None:
-                self.found.opaque = f"the source of {name} is not there to be read"
-                return
-            _Uses(self, source, owner, name).walk()
-
-    def method(self, name: str, start: int = 0) -> tuple[Any, int] | None:
-        """The function behind `self.name` or `super().name`, and the place of its class."""
-        for place, cls in enumerate(type(self.module).__mro__[start:], start):
-            if name in vars(cls):
-                if isinstance(vars(cls)[name], (staticmethod, classmethod)):
-                    return None  # it is not given the module
-                value = inspect.unwrap(getattr(vars(cls)[name], "fget", None) or vars(cls)[name])
-                return (value, place) if inspect.isfunction(value) else None
-        return None
+def _method(module: nn.Module, name: str, start: int = 0) -> tuple[Any, int] | None:
+    """The function behind `self.name` or `super().name`, and the place of its class."""
+    for place, cls in enumerate(type(module).__mro__[start:], start):
+        if name in vars(cls):
+            if isinstance(vars(cls)[name], (staticmethod, classmethod)):
+                return None  # it is not given the module
+            value = inspect.unwrap(getattr(vars(cls)[name], "fget", None) or vars(cls)[name])
+            return (value, place) if inspect.isfunction(value) else None
+    return None
 
 
+@dataclass(frozen=True)
 class _Uses:
-    """Sorts every mention of `self` in one method."""
+    """Sorts every mention of `self` in the method `name` of the class at `owner`; adds what it calls to `waiting`."""
 
-    def __init__(self, methods: _Methods, source: Source, owner: int, name: str) -> None:
-        self.methods, self.found, self.modules = methods, methods.found, methods.module._modules
-        self.source, self.parent, self.owner, self.name = source, source.parent, owner, name
+    module: nn.Module
+    found: Reach
+    waiting: list[tuple[str, int]]
+    source: Source
+    owner: int
+    name: str
 
     def walk(self) -> None:
-        for node in self.source.alive(vars(self.methods.module)):
+        for node in self.source.alive(vars(self.module)):
             if self.source.is_self(node):
                 self._of_self(node)
-            elif name_called(node) == "super" and isinstance(outer := self.parent[node], ast.Attribute):
-                self.methods.waiting.append((outer.attr, self.owner + 1))
+            elif name_called(node) == "super" and isinstance(outer := self.source.parent[node], ast.Attribute):
+                self.waiting.append((outer.attr, self.owner + 1))
 
     def _of_self(self, node: ast.AST) -> None:
-        outer = self.parent[node]
+        outer = self.source.parent[node]
         if isinstance(outer, ast.Attribute):
-            if outer.attr in self.modules:
+            if outer.attr in self.module._modules:
                 self._of_child(outer.attr, outer)
-            elif hasattr(type(self.methods.module), outer.attr):
+            elif hasattr(type(self.module), outer.attr):
                 self._of_method(outer)
         elif isinstance(outer, ast.Call) and name_called(outer) == "getattr":
             self._by_name(outer)
         elif name_called(outer) not in ("super", "hasattr"):
-            self._used(node, *self.modules)
+            self._used(node, *self.module._modules)
 
     def _of_method(self, attribute: ast.Attribute) -> None:
         """`self.method`: followed if it is the user's own; torch's own may hand out any submodule."""
         if attribute.attr in ("parameters", "buffers", "named_parameters") and self._asks_kind(attribute):
             return
-        found = self.methods.method(attribute.attr)
-        owner = type(self.methods.module).__mro__[found[1]] if found else None
+        found = _method(self.module, attribute.attr)
+        owner = type(self.module).__mro__[found[1]] if found else None
         if owner is nn.Module or owner in CONTAINERS:
-            self._used(attribute, *self.modules)
+            self._used(attribute, *self.module._modules)
         elif found:
-            self.methods.waiting.append((attribute.attr, 0))
+            self.waiting.append((attribute.attr, 0))
 
     def _asks_kind(self, attribute: ast.Attribute) -> bool:
         """`next(self.parameters()).dtype` and `.device`, which stay what they are."""
-        following = self.parent.get(self.parent[attribute])
-        outer = self.parent.get(following) if following is not None else None
+        following = self.source.parent.get(self.source.parent[attribute])
+        outer = self.source.parent.get(following) if following is not None else None
         asks = isinstance(outer, ast.Attribute) and outer.attr in ("dtype", "device", "is_cuda")
         return asks and name_called(following) == "next"
 
     def _of_child(self, name: str, node: ast.Attribute) -> None:
         """`self.child`, by what is done with it."""
-        container = isinstance(self.modules[name], CONTAINERS)
-        outer = self.parent[node]
+        container = isinstance(self.module._modules[name], CONTAINERS)
+        outer = self.source.parent[node]
         if call := self.source.call_of(node):
             self.found.called.setdefault(name, set()).add(arguments(call))
         elif container and (counts := self._elements_called(node)) is not None:
@@ -166,7 +156,7 @@ class _Uses:
 
     def _plain(self, name: str, read: ast.Attribute) -> bool:
         """`self.child.width`, where that is a number or a string the child holds."""
-        value = vars(self.modules[name] or self).get(read.attr, self)
+        value = vars(self.module._modules[name] or self).get(read.attr, self)
         kinds = (bool, int, float, str, type(None), torch.Size)
         flat = value if type(value) in (tuple, list) else (value,)
         own = hasattr(GraphModule, read.attr) or read.attr == "graph"
@@ -177,14 +167,14 @@ class _Uses:
         if isinstance(outer, (ast.BoolOp, ast.UnaryOp, ast.If, ast.IfExp)):
             inner: ast.AST = node
             while isinstance(outer, (ast.BoolOp, ast.UnaryOp)):
-                inner, outer = outer, self.parent[outer]
+                inner, outer = outer, self.source.parent[outer]
             return isinstance(outer, (ast.If, ast.IfExp)) and outer.test is inner and not container
         training = isinstance(outer, ast.Attribute) and outer.attr == "training" and isinstance(outer.ctx, ast.Load)
         return training or compared_with_is(outer)
 
     def _elements_called(self, node: ast.expr) -> set[int | None] | None:
         """The calls in `self.list[i](x)`, `for m in self.list: m(x)`, `len(self.list)`; None for any other use."""
-        outer = self.parent[node]
+        outer = self.source.parent[node]
         if isinstance(outer, ast.Subscript) and outer.value is node and not isinstance(outer.slice, ast.Slice):
             call = self.source.call_of(outer)
             return {arguments(call)} if call else None
@@ -198,7 +188,7 @@ class _Uses:
             names = {n.id for n in elements(outer.target, node)}
             uses = [n for n in ast.walk(self.source.tree) if isinstance(n, ast.Name) and n.id in names]
             calls = {n: self.source.call_of(n) for n in uses if not isinstance(n.ctx, ast.Store)}
-            if all(call or compared_with_is(self.parent[n]) for n, call in calls.items()):
+            if all(call or compared_with_is(self.source.parent[n]) for n, call in calls.items()):
                 return {arguments(call) for call in calls.values() if call}
         return None
 
@@ -209,7 +199,7 @@ class _Uses:
         if isinstance(named, ast.JoinedStr):
             named = named.values[0] if named.values else None
         prefix = str(named.value) if isinstance(named, ast.Constant) else ""
-        for name in self.modules:
+        for name in self.module._modules:
             if name != prefix if whole else not name.startswith(prefix):
                 continue
             if outer := self.source.call_of(call):
@@ -219,7 +209,8 @@ class _Uses:
 
     def _used(self, node: Any, *names: str) -> None:
         for name in names:
-            self.found.used.setdefault(name, f"{self.name}, line {self.source.before + node.lineno}")
+            if self.module._modules[name] is not None:
+                self.found.used.setdefault(name, f"{self.name}, line {self.source.before + node.lineno}")
 
 
 def outside(module: nn.Module) -> str:

@@ -184,6 +184,29 @@ def test_what_an_attribute_holds_as_well_stays(forward: Callable[..., Any]) -> N
     assert any("an attribute that is no submodule" in r.detail for r in fxfuse.report(fused).refused)
 
 
+def reads_what_is_left_out(self: Any, x: Tensor) -> Tensor:
+    return self.a(x) if self.left_out is None else self.left_out.weight * x
+
+
+def gets_what_is_left_out(self: Any, x: Tensor) -> Tensor:
+    return self.a(x) if getattr(self, f"left_{'out'}") is None else x
+
+
+def hands_itself_on(self: Any, x: Tensor) -> Tensor:
+    return applied(self, x)
+
+
+def applied(model: Any, x: Tensor) -> Tensor:
+    return model.a(x)
+
+
+@pytest.mark.parametrize("forward", [reads_what_is_left_out, gets_what_is_left_out, hands_itself_on])
+def test_a_submodule_that_is_left_out_is_no_obstacle(forward: Callable[..., Any]) -> None:
+    model = python(forward)
+    model.register_module("left_out", None)
+    agrees(model, fires=forward is not hands_itself_on)
+
+
 def test_a_part_that_holds_a_module_elsewhere_stays() -> None:
     class Looks(Plain):
         def forward(self, x: Tensor) -> Tensor:
