@@ -13,7 +13,7 @@ from fxfuse.rearranging.permutations_left import permutations_left
 from fxfuse.rearranging.prepare import prepare, tidy
 from fxfuse.refusal import Refusal
 from fxfuse.reporting import describe
-from fxfuse.reporting.fired import Fired, Totals
+from fxfuse.reporting.report import Fired, Totals
 from fxfuse.rewriting.assemble import Rewritten
 from fxfuse.rewriting.rewriter import rewrite
 
@@ -22,7 +22,6 @@ from fxfuse.rewriting.rewriter import rewrite
 class Fused:
     """A graph with its plan carried out: what fused and what did not, sizes before and after, how weights follow."""
 
-    captured: Captured
     rewritten: Rewritten
     fired: tuple[Fired, ...]
     refused: tuple[Refusal, ...]
@@ -32,8 +31,7 @@ class Fused:
 
 def fuse(captured: Captured, patterns: Selection, price: CostFunction, weights: bool) -> Fused:
     """Fuse one graph, which is changed. Without `weights` the new layers have shapes but no numbers."""
-    params = sum(p.numel() for p in captured.root.parameters())
-    before = describe.totals(captured.graph, captured.modules, params, None)
+    before = describe.totals(captured.graph, captured.modules, describe.params(captured.root), None)
     tidy(captured)
     view = look(captured)
     before = replace(before, macs=describe.macs(view))
@@ -45,4 +43,4 @@ def fuse(captured: Captured, patterns: Selection, price: CostFunction, weights: 
     macs = None if before.macs is None else before.macs - sum(f.saved for f in fired)
     after = describe.totals(captured.graph, rewritten.modules, rewritten.params(), macs)
     refused = tuple(dict.fromkeys((*plan.refusals, *left)))
-    return Fused(captured, rewritten, fired, refused, before, after)
+    return Fused(rewritten, fired, refused, before, after)

@@ -17,9 +17,8 @@ from fxfuse.names import below
 from fxfuse.pattern import Selection
 from fxfuse.pipeline import fuse
 from fxfuse.refusal import Refusal
-from fxfuse.reporting.describe import layer_totals
-from fxfuse.reporting.fired import Fired, Totals
-from fxfuse.reporting.report import Report
+from fxfuse.reporting.describe import layer_totals, params
+from fxfuse.reporting.report import Fired, Report, Totals
 from fxfuse.rewriting.assemble import assemble, keep
 from fxfuse.rewriting.recipes import Replay
 
@@ -72,15 +71,15 @@ class FusedParts:
         self, cost: str, started: float, fused: nn.Module | None = None, max_error: float | None = None
     ) -> Report:
         """The report of all parts, when `fused` was made of them, or nothing yet."""
-        root, params = self.root, _params(self.root.module)
-        left = params - self.before.params + self.after.params if fused is None else _params(fused)
+        root, before = self.root, params(self.root.module)
+        after = before - self.before.params + self.after.params if fused is None else params(fused)
         ways = [(p.path, p.how, p.refused[0].detail if p.captured is None else "") for p in root.walk()]
         return Report(
             model=type(root.module).__name__,
             fired=tuple(self.fired),
             refused=tuple(dict.fromkeys(self.refused)),
-            before=replace(self.before, params=params),
-            after=replace(self.after, params=left),
+            before=replace(self.before, params=before),
+            after=replace(self.after, params=after),
             cost=cost,
             seconds=time.perf_counter() - started,
             capture="hierarchical" if root.captured is None else root.how,
@@ -109,7 +108,3 @@ def fuse_parts(
             shapes = propagate(part.captured, known.get(part.path) if part.path else inputs)
             parts.fuse(part, replace(part.captured, shapes=shapes), patterns, price)
     return parts
-
-
-def _params(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -83,11 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         help="use these alone; NAME! merges whatever it costs; --patterns=-NAME leaves one out; commas separate too",
     )  # fmt: skip
     sub.add_argument("--cost", default="macs", metavar="NAME", help=f"{', '.join(COSTS)}; default: macs")
-    sub.add_argument(
-        "--capture",
-        metavar="WAY",
-        help=f"{', '.join(WAYS)}; default: the first that works (export needs --input)",
-    )
+    ways = f"{', '.join(WAYS)}; default: the first that works (export needs --input)"
+    sub.add_argument("--capture", metavar="WAY", help=ways)
 
     sub = commands.add_parser("patterns", help="list the patterns and the law of each")
     sub.set_defaults(command=_patterns)
@@ -114,10 +111,10 @@ def _report(args: argparse.Namespace) -> str:
             model.eval()
         inputs = tuple(_random(shape, model) for shape in shapes) or None
         try:
+            how = {"patterns": patterns, "cost": args.cost, "capture": args.capture}
             if args.dry_run:
-                result = plan(model, inputs, patterns=patterns, cost=args.cost, capture=args.capture)
+                result = plan(model, inputs, **how)
             else:
-                how = {"patterns": patterns, "cost": args.cost, "capture": args.capture}
                 fused = optimize(model, inputs, verify=args.verify, **how)
                 result = report(fused)
                 if args.time and inputs is not None:

@@ -36,7 +36,7 @@ class CompiledGraph:
     ) -> None:
         self.report, self.options, self.number = fused.report, options, next(_numbers)
         self.frozen = {id(t) for t in frozen_state(gm)}  # weights that are no arguments
-        self.positions = sorted(fused.state)
+        self.positions = list(fused.state)
         self.looked = [self.positions.index(i) for i in statistics(gm, training=False) if i in fused.state]
         self.grad = torch.is_grad_enabled()
         self.lock = threading.RLock()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,7 @@ from fxfuse.reading.effects import Effects
 
 _INDEX = re.compile(r"\['?(.*?)'?\]|\.([A-Za-z_]\w*)")
 _TABLES = {"_modules", "_parameters", "_buffers"}
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A graph, and the attribute path of each state argument by its position."""
-
-    captured: Captured
-    state: dict[int, str]
+_READS = ("get_attr", "call_module")
 
 
 def statistics(gm: GraphModule, training: bool) -> list[int]:
@@ -45,8 +37,13 @@ def statistics(gm: GraphModule, training: bool) -> list[int]:
     return sorted(found)
 
 
-def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = frozenset()) -> Traced:
-    """Dynamo's graph with every state placeholder, those at `exposed` aside, made an attribute; `gm` stays as it is."""
+def traced(
+    gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = frozenset()
+) -> tuple[Captured, dict[int, str]]:
+    """Dynamo's graph with every state placeholder, those at `exposed` aside, made an attribute; `gm` stays as it is.
+
+    With it the attribute path of each by its position.
+    """
     root, graph = nn.Module(), Graph()
     values: dict[Node, Any] = {}
     arguments = dict(enumerate(gm.graph.find_nodes(op="placeholder")))
@@ -57,9 +54,9 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
             values[node] = graph.node_copy(node)
             values[node]._dynamo_source = getattr(node, "_dynamo_source", None)
     paths = {i: _put(root, _path(n), inputs[i]) for i, n in state.items()}
-    for index, node in state.items():
-        values[node] = graph.get_attr(paths[index])
-        values[node].meta = dict(node.meta)
+    for index, path in paths.items():
+        values[state[index]] = graph.get_attr(path)
+        values[state[index]].meta = dict(state[index].meta)
     asked = {user: inputs[i].item() for i in numbers for user in arguments[i].users}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -68,19 +65,22 @@ def traced(gm: GraphModule, inputs: Sequence[Any], exposed: frozenset[int] = fro
             values[node] = asked[node]
             continue
         values[node] = graph.node_copy(node, values.__getitem__)
-        if node.op == "get_attr":  # state that a global freezing left there, constants, graphs of branches
+        if node.op in _READS:  # state that a global freezing left there, constants, graphs of branches, modules
             values[node].target = _put(root, str(node.target), attribute(gm, str(node.target)))
-        elif node.op == "call_module":
-            values[node].target = _put(root, str(node.target), gm.get_submodule(str(node.target)))
     shapes = _shapes(v for v in values.values() if isinstance(v, Node))
-    return Traced(Captured(graph, root.eval(), how="dynamo", shapes=shapes), paths)
+    return Captured(graph, root.eval(), how="dynamo", shapes=shapes), paths
+
+
+def attributes_read(graph: Graph, root: nn.Module) -> dict[str, Any]:
+    """What a graph reads or calls of its module, by path."""
+    return {str(n.target): attribute(root, str(n.target)) for n in graph.nodes if n.op in _READS}
 
 
 def frozen_state(gm: GraphModule) -> list[Tensor]:
     """Parameters and buffers that inductor's global freezing made attributes of Dynamo's graph."""
     sources = getattr(gm, "_param_name_to_source", None) or {}
-    values = {str(n.target): attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
-    return [v for n, v in values.items() if isinstance(v, nn.Parameter) or (n in sources and isinstance(v, Tensor))]
+    values = attributes_read(gm.graph, gm).items()
+    return [v for n, v in values if isinstance(v, nn.Parameter) or (n in sources and isinstance(v, Tensor))]
 
 
 def number_positions(gm: GraphModule, inputs: Sequence[Any]) -> list[int]:
@@ -97,15 +97,15 @@ def number_positions(gm: GraphModule, inputs: Sequence[Any]) -> list[int]:
     return found
 
 
-def exposed_state(take: Traced) -> frozenset[int]:
+def exposed_state(captured: Captured, state: dict[int, str]) -> frozenset[int]:
     """Positions of state that the graph writes, or that an output may share memory with: it stays an input."""
-    graph, modules = take.captured.graph, take.captured.modules
+    graph, modules = captured.graph, captured.modules
     calls = {n: c for n in graph.nodes if (c := read(n, modules, lambda path: None)) is not None}
     effects = Effects(graph, calls, modules)
     written = effects.written_attributes() if effects.writes else set()
     shown = {effects.classes[n] for o in graph.find_nodes(op="output") for n in o.all_input_nodes}
     written |= {str(n.target) for n in graph.find_nodes(op="get_attr") if effects.classes[n] in shown}
-    return frozenset(i for i, path in take.state.items() if path in written)
+    return frozenset(i for i, path in state.items() if path in written)
 
 
 def _is_state(node: Node, value: Any) -> bool:

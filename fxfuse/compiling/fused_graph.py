@@ -14,8 +14,7 @@ from torch.fx import Graph, GraphModule
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.held_indices import Held
 from fxfuse.algebra.operator import Operator
-from fxfuse.attributes import attribute
-from fxfuse.compiling.dynamo_graphs import exposed_state, frozen_state, traced
+from fxfuse.compiling.dynamo_graphs import attributes_read, exposed_state, frozen_state, traced
 from fxfuse.compiling.options import CompileOptions
 from fxfuse.cost import cost_name, resolve
 from fxfuse.pattern import select
@@ -32,7 +31,7 @@ _told = set[str]()
 class FusedGraph:
     """A rewritten graph of functions, and where its attributes come from.
 
-    `state` are paths of the model's tensors by argument position; `folded` the operator and the place
+    `state` are paths of the model's tensors by argument position, in order; `folded` the operator and the place
     (in `PARAMETERS`) of those computed from them; `constants` belong to the graph. It holds only while `held`,
     tensors of indices, have these values.
     """
@@ -48,8 +47,8 @@ class FusedGraph:
 def fused_graph(gm: GraphModule, inputs: Sequence[Any], options: CompileOptions) -> FusedGraph | None:
     """Dynamo's graph fused, no weight read yet; None where it has to stay what it is. `gm` is not changed."""
     started = time.perf_counter()
-    take = traced(gm, inputs)
-    if torch.is_grad_enabled() and any(inputs[i].requires_grad for i in take.state):
+    captured, state = traced(gm, inputs)
+    if torch.is_grad_enabled() and any(inputs[i].requires_grad for i in state):
         _tell("graphs whose weights require gradients are not fused: call the model under torch.no_grad()")
         return None
     if frozen_state(gm):
@@ -57,12 +56,11 @@ def fused_graph(gm: GraphModule, inputs: Sequence[Any], options: CompileOptions)
             "torch._inductor.config.freezing is on: weights that change later are not followed; leave it off, "
             "as backend fxfuse bakes weights by itself and follows them"
         )
-    exposed = exposed_state(take)
-    if exposed:
-        take = traced(gm, inputs, exposed)
-    held = {str(n.target) for n in take.captured.graph.nodes if n.op in ("get_attr", "call_module")}
-    held -= set(take.state.values())
-    done = fuse(take.captured, select(options.patterns), resolve(options.cost), weights=False)
+    if exposed := exposed_state(captured, state):
+        captured, state = traced(gm, inputs, exposed)
+    read = attributes_read(captured.graph, captured.root).items()
+    constants = {path: value for path, value in read if path not in state.values()}
+    done = fuse(captured, select(options.patterns), resolve(options.cost), weights=False)
     report = Report(
         model=f"graph {gm.meta.get('dynamo_compile_id', '')}".strip(),
         fired=done.fired,
@@ -74,11 +72,9 @@ def fused_graph(gm: GraphModule, inputs: Sequence[Any], options: CompileOptions)
         capture="dynamo",
     )
     logger.info("%s", report.headline)
-    graph, operators = take.captured.graph, done.rewritten.operators
-    made = functional(graph, done.rewritten.layers)
+    made, operators = functional(captured.graph, done.rewritten.layers), done.rewritten.operators
     folded = {path: (operators[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
-    constants = {path: attribute(take.captured.root, path) for path in held}
-    return FusedGraph(graph, take.state, folded, constants, take.captured.held, report)
+    return FusedGraph(captured.graph, state, folded, constants, captured.held, report)
 
 
 def _tell(text: str) -> None:

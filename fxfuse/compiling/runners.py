@@ -14,8 +14,7 @@ from torch.fx import GraphModule
 from fxfuse.algebra.held_indices import changed
 from fxfuse.compiling.dynamo_graphs import statistics
 from fxfuse.compiling.fused_graph import FusedGraph
-from fxfuse.compiling.graph_copies import copied_graph, copied_module, module_of
-from fxfuse.compiling.inner_compiler import Runner, compiled
+from fxfuse.compiling.inner_compiler import Runner, compiled, copied_graph, copied_module, module_of
 from fxfuse.compiling.options import CompileOptions
 from fxfuse.compiling.weight_sets import WeightSet, touch
 from fxfuse.refusal import Refusal
@@ -36,7 +35,6 @@ class Runners:
         self, fused: FusedGraph, gm: GraphModule, inputs: Sequence[Any], options: CompileOptions, live: bool
     ) -> None:
         self.fused, self.gm, self.options = fused, gm, options
-        self.state = sorted(fused.state)
         self.written = statistics(gm, training=True)
         self.runtime = [i for i in range(len(inputs)) if i not in fused.state]
         self.fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
@@ -53,10 +51,10 @@ class Runners:
 
     def give(self, weights: WeightSet, state: Sequence[Tensor], bake: bool) -> None:
         """Compute what is folded of the weights `state`, and give them a runner for it."""
-        paths = (self.fused.state[i] for i in self.state)
+        paths = zip(self.fused.state.values(), state, strict=True)
         cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))  # folding is in float64
         with torch.no_grad(), torch.inference_mode(False), cpu, cuda:
-            known = self.fused.constants | {path: t.detach() for path, t in zip(paths, state, strict=True)}
+            known = self.fused.constants | {path: t.detach() for path, t in paths}
             folded = self._folded(known)
         if folded is None:
             weights.runner = self.unfolded()
@@ -106,7 +104,7 @@ class Runners:
         graph = copied_graph(self.fused.graph)
         attributes = {str(n.target) for n in graph.find_nodes(op="get_attr")}
         read = attributes - folded.keys()  # a folded tensor may have the name of one it replaces
-        self.reads = [i for i in self.state if self.fused.state[i] in read]
+        self.reads = [i for i, path in self.fused.state.items() if path in read]
         for node in attributes_as_inputs(graph, [*(self.fused.state[i] for i in self.reads), *folded]):
             node.meta |= STATIC
             node._dynamo_source = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -16,9 +16,14 @@ from fxfuse.planning.regions import Join, Step, exit_of
 from fxfuse.planning.sites import Fuse, Plan, Siblings, fuses
 from fxfuse.reading.view import View
 from fxfuse.rearranging.pool_first import Swapped
-from fxfuse.reporting.fired import Fired, Totals
+from fxfuse.reporting.report import Fired, Totals
 
 _ALIASES = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "addmm": "linear"}
+
+
+def params(model: nn.Module) -> int:
+    """How many numbers its parameters hold."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def totals(graph: Graph, modules: Mapping[str, nn.Module], params: int, macs: int | None) -> Totals:
@@ -105,16 +110,14 @@ def _gathered(group: Siblings, view: View, names: Mapping[Operator, str]) -> Fir
     )
 
 
-def _steps(parts: Iterable[Step | Join]) -> list[Step | None]:
+def _steps(parts: Iterable[Step | Join]) -> Iterator[Step | None]:
     """Every step below the parts; None for a branch that is the identity."""
-    steps: list[Step | None] = []
     for part in parts:
         if isinstance(part, Step):
-            steps.append(part)
-            continue
-        for branch in part.branches:
-            steps += _steps(branch.parts) if branch.parts else [None]
-    return steps
+            yield part
+        else:
+            for branch in part.branches:
+                yield from _steps(branch.parts) if branch.parts else [None]
 
 
 def _describe(fuse: Fuse, view: View, names: Mapping[Operator, str]) -> Fired:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fxfuse.capture.failures import said
+
 ROUND_SECONDS = 0.05  # of each model in one round: long against the clock and short against the machine's moods
 BUDGET_SECONDS = 10.0
 ROUNDS = (5, 25)
@@ -34,8 +36,7 @@ def compare(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> dic
         try:
             _seconds(*sides[0], 1, device)
         except Exception as error:  # whatever the user's model raises is reported with its first line
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{type(before).__name__} does not run on example_inputs: {text[0]}") from error
+            raise ValueError(f"{type(before).__name__} does not run on example_inputs: {said(error)}") from error
         _seconds(*sides[1], 1, device)
         once = [_seconds(*side, 1, device) for side in sides]
         calls = [max(1, round(ROUND_SECONDS / max(seconds, 1e-6))) for seconds in once]

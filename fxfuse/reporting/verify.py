@@ -82,14 +82,14 @@ def first_difference(
     model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], allowed: float, how: str | None = None
 ) -> str:
     """The first fused layer whose output differs from the value it stands for."""
-    if not isinstance(fused, GraphModule) or not any("fxfuse_exit" in n.meta for n in fused.graph.nodes):
+    nodes = fused.graph.nodes if isinstance(fused, GraphModule) else ()
+    pairs = [(n.meta["fxfuse_exit"], n) for n in nodes if "fxfuse_exit" in n.meta]
+    if not isinstance(fused, GraphModule) or not pairs:
         return "the model is no single graph in which to look for the place"
     twin = copy.deepcopy(model)
     captured = export(twin, inputs) if how == "export" else capture(twin, inputs)
     tidy(captured)
-    for name, tensor in captured.constants.items():
-        setattr(captured.root, name, tensor)
-    pairs = [(n.meta["fxfuse_exit"], n) for n in fused.graph.nodes if "fxfuse_exit" in n.meta]
+    vars(captured.root).update(captured.constants)
     before = _Recorder(captured.root, captured.graph, [name for name, _ in pairs])
     after = _Recorder(fused, fused.graph, [n.name for _, n in pairs])
     with torch.no_grad():
