@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fxfuse.algebra.constants import Apply, Attr
+from fxfuse.attributes import attribute
 
 KNOWN = "fxfuse_known"  # in the meta of a node: its sizes, None where they vary, and its dtype, for every input
 
@@ -21,12 +22,6 @@ class Shapes(dict[Node, torch.Size]):
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: dict[Node, torch.dtype] = {}
-
-    def copy(self) -> Shapes:
-        other = Shapes()
-        other.update(self)
-        other.dtypes.update(self.dtypes)
-        return other
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,4 @@ class Captured:
 
     def requires_grad(self, attr: Attr) -> bool:
         """Whether a tensor of the root is trained; one that only the trace knows is not."""
-        if attr.path in self.constants:
-            return False
-        owner, _, name = attr.path.rpartition(".")
-        return bool(getattr(self.root.get_submodule(owner), name).requires_grad)
+        return attr.path not in self.constants and bool(attribute(self.root, attr.path).requires_grad)

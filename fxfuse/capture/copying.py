@@ -22,17 +22,16 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
         values += [v for table in tables for v in table.values()]
     for tensor in values:
         if isinstance(tensor, Tensor) and id(tensor) not in memo:
-            if not tensor.is_leaf:
-                memo[id(tensor)] = tensor.detach().clone()
-            elif type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
+            strided = tensor.is_leaf and tensor.layout is torch.strided
+            if not (strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)):
                 memo[id(tensor)] = _special(tensor)
     return copy.deepcopy(value, memo)
 
 
 def _special(tensor: Tensor) -> Tensor:
-    """A copy of a tensor of another class or layout."""
+    """A copy of a tensor that is computed, or of another class or layout."""
     try:
         return copy.deepcopy(tensor)
-    except RuntimeError:  # a class without a __deepcopy__ of its own, a sparse parameter
+    except RuntimeError:  # a computed one, a class without a __deepcopy__ of its own, a sparse parameter
         clone = tensor.detach().clone()
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Interpreter, Node
+from torch.fx import Interpreter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxfuse.capture.captured import Captured, Shapes
@@ -22,44 +22,30 @@ logger = logging.getLogger("fxfuse")
 _UNKNOWN = "no shapes known ahead: %s"
 
 
-class _Shapes(Interpreter):
-    """Runs a captured graph on fake tensors and notes what shape each node gives."""
-
-    def __init__(self, captured: Captured, constants: dict[str, Tensor]) -> None:
-        super().__init__(captured.root, graph=captured.graph)
-        self.constants = constants
-        self.shapes = Shapes()
-
-    def fetch_attr(self, target: str) -> Any:
-        return self.constants[target] if target in self.constants else super().fetch_attr(target)
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n] = result.shape
-            self.shapes.dtypes[n] = result.dtype
-        return result
-
-
 def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> Shapes:
     """Shape of every tensor in the graph; empty without inputs, or where they are not known ahead.
 
     Raises:
         ValueError: the model does not run on the inputs.
     """
+    shapes = Shapes()
     if inputs is None:
-        return Shapes()
+        return shapes
     bound(captured.root, inputs)
+    run = Interpreter(captured.root, garbage_collect_values=False, graph=captured.graph)
     try:
         with _on_fakes(captured.root, inputs) as (mode, fakes):
-            runner = _Shapes(captured, tree_map_only(Tensor, mode.from_tensor, captured.constants))
-            runner.run(*fakes, enable_io_processing=True)
+            vars(captured.root).update(tree_map_only(Tensor, mode.from_tensor, captured.constants))
+            run.run(*fakes)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
         if not any(isinstance(t, FakeTensor) for t in tree_leaves(inputs)):
             run_copy(captured.root, inputs)
         logger.info(_UNKNOWN, said(error))
-        return Shapes()
-    return runner.shapes
+        return shapes
+    for node, value in run.env.items():
+        if isinstance(value, Tensor):
+            shapes[node], shapes.dtypes[node] = value.shape, value.dtype
+    return shapes
 
 
 def inputs_of(
@@ -110,9 +96,8 @@ def _on_fakes(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[FakeT
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
             for table in tables:
-                for name, value in list(table.items()):
-                    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
-                        table[name] = mode.from_tensor(value)
+                tensors = {n: v for n, v in table.items() if type(v) in (Tensor, nn.Parameter, nn.Buffer)}
+                table.update(tree_map_only(Tensor, mode.from_tensor, tensors))
         yield mode, inputs if known else tree_map_only(Tensor, mode.from_tensor, inputs)

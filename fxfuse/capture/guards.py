@@ -7,8 +7,11 @@ happens, at the user's line, and the modules are as they were afterwards.
 
 from __future__ import annotations
 
+import operator
+import pickle
 import random
 import sys
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,29 +21,24 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.capture.containers import TABLES, contents, put_back
 from fxfuse.ops.memory import INPLACE, storage
 from fxfuse.ops.modules import has_hooks
 from fxfuse.refusal import CaptureError
 
 _WRITES = set(INPLACE.values())
-
-
-@contextmanager
-def guarded(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Run a trace of `model`; yields a dict that holds, afterwards, the constants the trace added to it.
-
-    Raises:
-        CaptureError: the forward drew random numbers, or changed a list or dict that a module keeps.
-    """
-    created: dict[str, Any] = {}
-    with unchanged(model, created), _RealTensors(model), torch.enable_grad():
-        yield created
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = vars(nn.Module()).keys() - set(_TABLES)
+WITHOUT_KEYS = (list, set, deque)
+_CONTAINERS = (*WITHOUT_KEYS, dict, OrderedDict)
 
 
 @contextmanager
 def unchanged(model: nn.Module, created: dict[str, Any] | None = None, buffers: bool = False) -> Iterator[None]:
-    """The model put back as it was; raises where its forward changes more of it than, if asked for, buffers."""
+    """The model put back as it was; `created` holds, afterwards, the constants that a trace added to it.
+
+    Raises:
+        CaptureError: the forward drew random numbers, or changed more of the model than, if asked for, buffers.
+    """
     with restored(model, created) as changed, _attributes(model, buffers):
         yield
     if changed:
@@ -65,28 +63,47 @@ def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterato
         for path, module, attributes, containers in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            names = [name for name in put_back(containers) if name not in TABLES]
+            names = [name for name in put_back(containers) if name not in _TABLES]
             changed += ["self." + f"{path}.{name}".lstrip(".") for name in names]
+
+
+def contents(module: nn.Module, kinds: tuple[type, ...] = _CONTAINERS) -> list[tuple[str, Any, Any]]:
+    """Its containers of these classes by name, torch's own tables but not its hooks included, each with a copy."""
+    return [(n, v, v.copy()) for n, v in vars(module).items() if type(v) in kinds and n not in _HOOKS]
+
+
+def put_back(saved: list[tuple[str, Any, Any]]) -> list[str]:
+    """Give containers their old content; the names of those whose change could matter to a later call."""
+    return [name for name, value, copy in saved if _put_back(value, copy)]
+
+
+def _put_back(value: Any, copy: Any) -> bool:
+    """New keys in a dict are a memo: without them a forward computes what it had stored."""
+    if isinstance(value, dict):
+        same = all(k in value and value[k] is v for k, v in copy.items())
+    elif isinstance(value, set):
+        same = value == copy
+    else:
+        same = len(value) == len(copy) and all(map(operator.is_, value, copy))
+    if isinstance(value, dict) or not same:
+        value.clear()
+        (value.extend if isinstance(value, (list, deque)) else value.update)(copy)
+    return not same
 
 
 @contextmanager
 def _attributes(model: nn.Module, buffers: bool) -> Iterator[None]:
     """Stop `self.name = value` on the modules of `model`, unless it changes nothing or, if asked for, sets a buffer."""
-    known = {id(m): path for path, m in model.named_modules()}
+    known = {id(m): f"{path}.".lstrip(".") for path, m in model.named_modules()}
     original = nn.Module.__setattr__
 
     def guarded_set(module: nn.Module, name: str, value: Any) -> None:
-        ours = id(module) in known and not name.startswith(("_tensor_constant", "_torchbind_obj"))
-        if not ours:
-            original(module, name, value)
-            return
-        path = f"{known[id(module)]}.{name}".lstrip(".")
+        others = id(module) not in known or name.startswith(("_tensor_constant", "_torchbind_obj"))
         # an RNN keeps lists of its weights, which torch.export exchanges for fake ones
         listed = isinstance(module, nn.RNNBase) and name.startswith("_flat_weight")
-        if buffers and (listed or (isinstance(value, Tensor) and name in module._buffers)):
+        if others or (buffers and (listed or (isinstance(value, Tensor) and name in module._buffers))):
             original(module, name, value)
-            return
-        if not _is_itself(value, path) and not _same(module.__dict__.get(name, _same), value):
+        elif not (_is_itself(value, known[id(module)] + name) or _same(vars(module).get(name, _same), value)):
             raise CaptureError(f"the forward sets self.{name}, which a graph does not repeat")
 
     nn.Module.__setattr__ = guarded_set  # type: ignore[assignment, method-assign]
@@ -111,7 +128,7 @@ def _same(old: Any, new: Any) -> bool:
     return old is new or (type(old) is type(new) and isinstance(old, plain) and old == new)
 
 
-class _RealTensors(TorchDispatchMode):
+class RealTensors(TorchDispatchMode):
     """Stops in-place writes to tensors that the trace did not make itself, and random numbers.
 
     And arithmetic on a weight that a hook computes anew at every call (pruning, the older weight_norm).
@@ -152,17 +169,11 @@ def _tensors(value: Any) -> list[Tensor]:
 def _random_states() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     numbers = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else ()
-    return (
-        bytes(torch.get_rng_state().tolist()),  # numpy need not be there
-        random.getstate(),
-        [n.tobytes() if hasattr(n, "tobytes") else n for n in numbers],
-    )
+    return torch.get_rng_state().tolist(), random.getstate(), pickle.dumps(numbers)  # which compare by content
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
+    torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
     random.setstate(states[1])
-    if states[2]:
-        numpy = sys.modules["numpy"]
-        name, keys, *rest = states[2]
-        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
+    if numbers := pickle.loads(states[2]):
+        sys.modules["numpy"].random.set_state(numbers)

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.capture.captured import Captured as Captured
 from fxfuse.capture.failures import cannot, located
-from fxfuse.capture.guards import guarded
+from fxfuse.capture.guards import RealTensors, unchanged
 from fxfuse.capture.tracer import CHECKED
 from fxfuse.capture.tracer import FuseTracer as FuseTracer
 from fxfuse.refusal import CaptureError, Refusal
@@ -31,7 +31,8 @@ def capture(
     """
     _refuse_more_than_forward(model)
     known = not nested or given is not None
-    given = _given(inputs) if given is None else given
+    if given is None:  # those after the last tensor left out
+        given = max((i for i, v in enumerate(inputs or (), 1) if isinstance(v, Tensor)), default=0)
     error: Exception | None = None
     for proxy_buffers in (True, False):
         try:
@@ -49,32 +50,19 @@ def capture(
     raise cannot(model, "traced", error) from error
 
 
-def _given(inputs: tuple[Any, ...] | None) -> int:
-    """How many leading arguments example inputs set, those after the last tensor left out."""
-    given = len(inputs or ())
-    while given and not isinstance((inputs or ())[given - 1], Tensor):
-        given -= 1
-    return given
-
-
 def _general(model: nn.Module, fixed: Captured, proxy_buffers: bool, names: set[str]) -> Captured | None:
     """The graph with the parameters `names` open, where that changes nothing in it."""
     try:
         general = _trace(model, FuseTracer(proxy_buffers))
     except Exception:  # it traces with its defaults alone
         return None
-    same = _signature(general.graph, names) == _signature(fixed.graph, names)
-    return general if same else None
+    return general if _signature(general.graph, names) == _signature(fixed.graph, names) else None
 
 
 def stays(path: str, place: str) -> Refusal:
     """What the report says of a module whose forward stays Python; `place` is the line that stopped the trace."""
-    return Refusal(
-        "the module stays Python: its forward cannot be traced",
-        where=path,
-        detail=place,
-        remedy="make its forward independent of its input's data and size, and free of side effects",
-    )
+    remedy = "make its forward independent of its input's data and size, and free of side effects"
+    return Refusal("the module stays Python: its forward cannot be traced", path, remedy, place)
 
 
 def unusable(model: nn.Module) -> None:
@@ -104,7 +92,8 @@ def _refuse_more_than_forward(model: nn.Module) -> None:
 
 
 def _trace(model: nn.Module, tracer: FuseTracer) -> Captured:
-    with guarded(model) as created:
+    created: dict[str, Any] = {}
+    with unchanged(model, created), RealTensors(model), torch.enable_grad():
         graph = tracer.trace(model)
     for node in graph.nodes:
         if isinstance(node.type, str):  # an unresolved annotation, which could not be pickled

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from fxfuse.capture.containers import WITHOUT_KEYS, contents, put_back
+from fxfuse.capture.guards import WITHOUT_KEYS, contents, put_back
 from fxfuse.capture.proxies import FuseProxy
 from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded
@@ -166,6 +168,30 @@ class FuseTracer(Tracer):
         for name, proxy in list(self._parameter_proxies.items()):
             if proxy.node not in kept:
                 del self._parameter_proxies[name]
+
+
+class Reader(FuseTracer):
+    """Code back into its graph: what torch.fx does when a GraphModule is unpickled, made faithful.
+
+    torch.fx traces the code again, but runs at once what no input goes into: noise would become a constant. Here
+    every call in the code is recorded, those of nothing but numbers too.
+    """
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        with _Recording(self):
+            return super().trace(root, concrete_args)
+
+
+class _Recording(TorchFunctionMode):
+    def __init__(self, tracer: Reader) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.device or any(isinstance(v, Proxy) for v in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)  # which the proxy records
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from fxfuse.algebra.operator import Operator
 from fxfuse.attributes import attribute, owner_of
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
-from fxfuse.capture.retracer import Reader
+from fxfuse.capture.tracer import Reader
 from fxfuse.ops.modules import HOOKS
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)

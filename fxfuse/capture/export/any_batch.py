@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
-from fxfuse.capture.example_inputs import Part, bound, parts
+from fxfuse.capture.example_inputs import bound, parts
 from fxfuse.capture.export.conditions import VARIES, Conditions, conditions, input_values, number
 from fxfuse.names import is_aten
 from fxfuse.ops.aten import whole_slice
@@ -29,7 +30,7 @@ def for_any_batch(
     model: nn.Module, inputs: tuple[Any, ...], export: Callable[[tuple[Any, ...]], Any]
 ) -> tuple[Any, Conditions]:
     """The program to use for inputs like `inputs`, and the conditions it holds under."""
-    program, leaves = export(inputs), _leaves(model, inputs)
+    program, leaves = export(inputs), [p for p in parts(model, inputs) if p.leaf]
     holds = conditions(program, leaves)
     size = next((p.value.shape[0] for p in leaves if isinstance(p.value, Tensor) and p.value.dim()), 0)
     batched = [isinstance(p.value, Tensor) and p.value.dim() > 0 and p.value.shape[0] == size for p in leaves]
@@ -46,10 +47,6 @@ def for_any_batch(
     if not _same_at_one(many, one, batched):
         return program, holds
     return many, _either(first, last, [p.name for p, b in zip(leaves, batched, strict=True) if b])
-
-
-def _leaves(model: nn.Module, inputs: tuple[Any, ...]) -> list[Part]:
-    return [p for p in parts(model, inputs) if p.leaf]
 
 
 def _resized(tensor: Tensor, size: int) -> Tensor:
@@ -90,9 +87,8 @@ def _same_at_one(many: Any, one: Any, batched: Sequence[bool]) -> bool:
         return False
     if many.constants.keys() != one.constants.keys() or many.call_spec.out_spec != one.call_spec.out_spec:
         return False
-    for name, constant in many.constants.items():
-        if constant is not one.constants[name] and not _equal(constant, one.constants[name]):
-            return False
+    if any(a is not (b := one.constants[name]) and not _equal(a, b) for name, a in many.constants.items()):
+        return False
     ours, theirs = list(_steps(many, at_one)), list(_steps(one, at_one))
     if [step for _, step, _ in ours] != [step for _, step, _ in theirs]:
         return False
@@ -129,13 +125,7 @@ def _steps(program: Any, at: Mapping[str, int]) -> Iterator[tuple[Node, Any, lis
             sizes = {s: at[s.name] for s in value.node.expr.free_symbols if s.name in at}
             expression = value.node.expr.subs(sizes).replace(FloorDiv, _quotient)
             return str(expression.expand() if hasattr(expression, "expand") else expression)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, (list, tuple)):
-            return tuple(plain(v) for v in value)
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return value
+        return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -146,6 +136,6 @@ def _steps(program: Any, at: Mapping[str, int]) -> Iterator[tuple[Node, Any, lis
             continue
         tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
         kinds = [(t.dim(), t.dtype, t.device) for t in tensors]
-        step = (node.op, node.target, plain(node.args), plain(dict(node.kwargs)), kinds)
+        step = (node.op, node.target, map_aggregate((node.args, node.kwargs), plain), kinds)
         yield node, step, [number(size) for t in tensors for size in t.shape]
         position[node] = len(set(position.values()))

@@ -22,8 +22,7 @@ from torch.utils import _pytree as pytree
 from fxfuse.attributes import attribute, tensor_at
 from fxfuse.capture.captured import KNOWN, Captured
 from fxfuse.capture.example_inputs import Part, parts
-from fxfuse.capture.export.checks import InputChecks
-from fxfuse.capture.export.conditions import VARIES, Conditions, number
+from fxfuse.capture.export.conditions import VARIES, Conditions, InputChecks, number
 from fxfuse.names import plain
 from fxfuse.refusal import CaptureError
 
@@ -62,10 +61,8 @@ class _Rebuilder:
         self.nodes: dict[Node, Any] = {}  # by node of the program
         self.state: dict[str, Node] = {}
         self.constants: dict[str, Tensor] = {}
-        self.paths: dict[int, str] = {}
-        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        for path, tensor in (pair for pairs in named for pair in pairs):
-            self.paths.setdefault(id(tensor), path)
+        named = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+        self.paths = {id(tensor): path for path, tensor in reversed(named)}  # the first of each
 
     def arguments(self, given: Sequence[Part], holds: Conditions) -> bool:
         """One placeholder a parameter of the forward, and checks of all that is taken for granted of them.
@@ -130,15 +127,10 @@ class _Rebuilder:
         if spec.is_leaf():
             return next(leaves)
         parts = [self._nested(child, leaves) for child in spec.children()]
-        if spec.type in (tuple, list):
-            return spec.type(parts)
-        if spec.type is dict:
-            return dict(zip(spec.context, parts, strict=True))
-        if spec.type is namedtuple:
-            return spec.context(*parts)
+        if spec.type in (tuple, list, dict, namedtuple):
+            return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(parts, spec.context)
         if spec.type is OrderedDict:
-            pairs = list(zip(spec.context, parts, strict=True))
-            made = self.graph.call_function(OrderedDict, (pairs,))
+            made = self.graph.call_function(OrderedDict, (list(zip(spec.context, parts, strict=True)),))
             made.meta["is_wrapped"] = True  # so that torch.fx can trace it again, when the graph is unpickled
             return made
         kind = getattr(spec.type, "__name__", spec.type)
