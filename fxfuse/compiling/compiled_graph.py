@@ -69,7 +69,7 @@ class CompiledGraph:
         with self.lock:
             if self.grad and any(t.requires_grad for t in state):
                 passing = WeightSet(state, "full", (), lambda _: None)
-                passing.runner = self.runners.unfolded()
+                passing.runner = self.runners.unfolded
                 return passing
             key = tuple(map(id, state))
             found = self.sets.get(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,7 +44,6 @@ class Runners:
         self.mode = None if live else self.fake_mode
         self.shared: Runner | None = None
         self.reads: list[int] = []  # positions of weights that the shared graph takes as they are
-        self.plain: Runner | None = None
 
     def settled(self) -> None:
         """Dynamo has compiled its graph: what is made from now on is compiled for its fake tensors."""
@@ -57,7 +57,7 @@ class Runners:
             known = self.fused.constants | {path: t.detach() for path, t in paths}
             folded = self._folded(known)
         if folded is None:
-            weights.runner = self.unfolded()
+            weights.runner = self.unfolded
             return
         weights.baked = bake
         runner = self._baked(known | folded) if bake else self._sharing(weights, folded)
@@ -113,11 +113,10 @@ class Runners:
         inputs += [t if mode is None else mode.from_tensor(t, static_shapes=True) for t in folded.values()]
         return compiled(module_of(graph, self.fused.constants, self.gm), inputs, self.options, self.mode)
 
+    @cached_property
     def unfolded(self) -> Runner:
         """The graph as Dynamo gave it."""
-        if self.plain is None:
-            self.plain = untouched(self.gm, self.inputs, self.options, self.mode)
-        return self.plain
+        return untouched(self.gm, self.inputs, self.options, self.mode)
 
 
 def untouched(

@@ -42,9 +42,8 @@ def layer_totals(modules: Iterable[nn.Module]) -> Totals:
 
 def _kind(node: Node, modules: Mapping[str, nn.Module]) -> str:
     """One name for all spellings: conv for nn.Conv2d, F.conv2d and torch.conv1d alike."""
-    if node.op == "call_module":
-        return _plain(type(modules[str(node.target)]).__name__)
-    return _plain(plain(node.target) or str(node.target))
+    module = node.op == "call_module"
+    return _plain(type(modules[str(node.target)]).__name__ if module else plain(node.target) or str(node.target))
 
 
 def _plain(name: str) -> str:

@@ -132,10 +132,8 @@ class Report:
             bullet = "\n- " if mark else "\n"
             listed = bullet + bullet.join(n.strip() if mark else n for n in names[:4])
             blocks.append(head + listed + _more(len(names) - 4))
-        ops = sorted(set(self.before.ops) | set(self.after.ops))
-        rows = [(o, self.before.ops.get(o, 0), self.after.ops.get(o, 0)) for o in ops]
-        changed = [r for r in rows if r[1] != r[2]]
-        if changed:
+        ops = [(o, self.before.ops.get(o, 0), self.after.ops.get(o, 0)) for o in self.before.ops | self.after.ops]
+        if changed := sorted(row for row in ops if row[1] != row[2]):
             blocks.append(_table(changed, ("executed", "before", "after"), style))
         return "\n\n".join(blocks)
 
