@@ -9,7 +9,6 @@ Without `from __future__ import annotations`: torch.jit.script reads the annotat
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -38,10 +37,14 @@ class _Framed(_ConvNd):
         self.uneven = any(low != high for low, high in sides)
         self.frame = nn.Parameter(self.weight.new_zeros((self.out_channels, 1, *self.kernel_size)))
 
+    def _at_border(self, border: Tensor) -> Tensor:
+        """The convolution of the map `border`, a batch of one channel, with the frame."""
+        raise NotImplementedError
+
     def forward(self, input: Tensor) -> Tensor:
         inside = input.new_zeros(input.shape[-len(self.kernel_size) :])
         border = F.pad(inside, self.amounts, value=1.0).unsqueeze(0).unsqueeze(0)
-        frame = torch.convolution(border, self.frame, None, self.stride, [0], self.dilation, False, [0], 1)
+        frame = self._at_border(border)
         if self.uneven:
             input = F.pad(input, self.amounts)
         out: Tensor = self._conv_forward(input, self.weight, self.bias)
@@ -54,13 +57,22 @@ class _Framed(_ConvNd):
 class FramedConv1d(_Framed, nn.Conv1d):
     """`nn.Conv1d` that adds a frame: [B, C, L] or [C, L] to [B, N, L'] or [N, L']."""
 
+    def _at_border(self, border: Tensor) -> Tensor:
+        return F.conv1d(border, self.frame, None, self.stride, 0, self.dilation)
+
 
 class FramedConv2d(_Framed, nn.Conv2d):
     """`nn.Conv2d` that adds a frame: [B, C, H, W] or [C, H, W]."""
 
+    def _at_border(self, border: Tensor) -> Tensor:
+        return F.conv2d(border, self.frame, None, self.stride, 0, self.dilation)
+
 
 class FramedConv3d(_Framed, nn.Conv3d):
     """`nn.Conv3d` that adds a frame: [B, C, D, H, W] or [C, D, H, W]."""
+
+    def _at_border(self, border: Tensor) -> Tensor:
+        return F.conv3d(border, self.frame, None, self.stride, 0, self.dilation)
 
 
 FRAMED: dict[int, Any] = {1: FramedConv1d, 2: FramedConv2d, 3: FramedConv3d}
