@@ -14,28 +14,17 @@ from torch import nn
 from torch.fx import Node
 
 from fxfuse.names import is_aten, plain
-from fxfuse.ops.call import Call
+from fxfuse.ops.call import FUNCTIONS, Call
 from fxfuse.ops.modules import TYPES
 from fxfuse.ops.schema import bound
 
 END = 2**63 - 1  # how a slice without an end is written
 
-# operator: canonical name and, where the name fixes them, the spatial dims
+# operator: canonical name and, where the name fixes them, the spatial dims; most are called as the function is
 OPERATORS: dict[str, tuple[str, int | None]] = {
-    **{f"conv{d}d": ("conv", d) for d in (1, 2, 3)},
-    **{f"conv_transpose{d}d": ("conv_transpose", d) for d in (1, 2, 3)},
-    **{f"avg_pool{d}d": ("avg_pool", d) for d in (1, 2, 3)},
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), ("dropout", None)),
-    **dict.fromkeys(("cat", "concat", "concatenate"), ("cat", None)),
-    **dict.fromkeys(("neg", "negative"), ("neg", None)),
-    **dict.fromkeys(("sub", "subtract"), ("sub", None)),
-    **dict.fromkeys(("mul", "multiply"), ("mul", None)),
-    **dict.fromkeys(("div", "divide", "true_divide"), ("div", None)),
-    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), ("channel_shuffle", None)),
-    **dict.fromkeys(("split", "split_with_sizes"), ("split", None)),
-    **{n: (n, None) for n in ("add", "batch_norm", "pad", "chunk", "narrow", "flip", "index_select")},
-    **dict.fromkeys(("mm", "matmul"), ("mm", None)),
-    "linear": ("linear", 0),
+    **{function.__name__: (known.op, known.spatial) for function, known in FUNCTIONS.items()},
+    **dict.fromkeys(("feature_dropout", "alpha_dropout", "feature_alpha_dropout"), ("dropout", None)),
+    "split_with_sizes": ("split", None),
     "alias": ("identity", None),
     "_native_batch_norm_legit_no_training": ("batch_norm_outputs", None),
 }
@@ -141,10 +130,6 @@ def _slice(args: dict[str, Any]) -> Call | None:
     return Call("getitem", {"input": args["input"], "index": (slice(None), cut)})
 
 
-def _flatten(args: dict[str, Any]) -> Call | None:
-    return Call("flatten", args) if isinstance(args.get("start_dim"), int) else None
-
-
 def _convolution(args: dict[str, Any]) -> Call | None:
     spatial = max(len(args[n]) for n in ("stride", "padding", "dilation"))
     op = {False: "conv", True: "conv_transpose"}.get(args["transposed"])
@@ -160,16 +145,12 @@ def _constant_pad(args: dict[str, Any]) -> Call:
 
 
 def _addmm(args: dict[str, Any]) -> Call | None:
-    """bias + x @ W.t(), which is what a linear layer is decomposed to."""
+    """bias + x @ W.t(), which is what a linear layer is decomposed to; readers of layers ask if W is a constant."""
     if (args["beta"], args["alpha"]) != (1, 1):
         return None
-    return _product({"input": args["mat1"], "other": args["other"]}, args["input"])
-
-
-def _product(args: dict[str, Any], bias: Any = None) -> Call | None:
-    """x @ W.t(), the transpose being seen; whether W is a constant is for the readers of layers to ask."""
     weight = _untransposed(args["other"])
-    return None if weight is None else Call("linear", {"input": args["input"], "weight": weight, "bias": bias}, 0)
+    found = {"input": args["mat1"], "weight": weight, "bias": args["input"]}
+    return None if weight is None else Call("linear", found, 0)
 
 
 def _untransposed(value: Any) -> Node | None:
@@ -185,12 +166,9 @@ def _untransposed(value: Any) -> Node | None:
 
 _SPECIAL = {
     "slice": _slice,
-    "flatten": _flatten,
     "convolution": _convolution,
     "_convolution": _convolution,
     "rsub": _reversed_sub,
     "constant_pad_nd": _constant_pad,
     "addmm": _addmm,
-    "mm": _product,
-    "matmul": _product,
 }

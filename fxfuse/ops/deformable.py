@@ -19,14 +19,8 @@ from fxfuse.ops.call import Call, signature
 
 NAME = "deform_conv2d"
 _HOME = "torchvision.ops.deform_conv"
-_FUNCTION = signature(
-    "deform", "input offset weight bias stride padding dilation mask", 2,
-    bias=None, stride=1, padding=0, dilation=1, mask=None,
-)  # fmt: skip
-_LAYER = signature("deform", "input offset mask", 2, mask=None)
-_OPERATOR = (
-    "input weight offset mask bias stride_h stride_w pad_h pad_w dilation_h dilation_w groups offset_groups use_mask"
-).split()
+_FUNCTION = signature("deform", "input offset weight bias=None stride=1 padding=0 dilation=1 mask=None", 2)
+_LAYER = signature("deform", "input offset mask=None", 2)
 
 
 def is_deformable(module: nn.Module) -> bool:
@@ -40,15 +34,13 @@ def read(node: Node) -> Call | None:
     """The call behind torchvision's function, or behind the operator that torch.compile and torch.export make of it."""
     if plain(node.target) != NAME:
         return None
-    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
-        if len(node.args) != len(_OPERATOR) or node.kwargs:
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):  # its last arguments: groups, offset groups, masked
+        if len(node.args) != 14 or node.kwargs:
             return None
-        a = dict(zip(_OPERATOR, node.args, strict=True))
-        pairs = {n: (a[f"{s}_h"], a[f"{s}_w"]) for n, s in (("stride", "stride"), ("padding", "pad"))}
-        pairs |= {"dilation": (a["dilation_h"], a["dilation_w"])}
-        mask = a["mask"] if a["use_mask"] is True else None
-        a["bias"] = None if _zeros(a["bias"]) else a["bias"]
-        return Call("deform", {n: a[n] for n in ("input", "offset", "weight", "bias")} | pairs | {"mask": mask}, 2)
+        x, weight, offset, mask, bias = node.args[:5]
+        args = {"input": x, "offset": offset, "weight": weight, "bias": None if _zeros(bias) else bias}
+        pairs = {n: node.args[at : at + 2] for n, at in (("stride", 5), ("padding", 7), ("dilation", 9))}
+        return Call("deform", args | pairs | {"mask": mask if node.args[13] is True else None}, 2)
     return _FUNCTION.bind(node.args, node.kwargs) if getattr(node.target, "__module__", "") == _HOME else None
 
 

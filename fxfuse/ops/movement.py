@@ -22,64 +22,56 @@ from fxfuse.ops.modules import runs
 from fxfuse.ops.schema import bound
 
 RESHAPES = {"reshape", "like", "flatten", "unflatten", "squeeze", "unsqueeze"}  # the same values in another shape
+_DIMS = "input dim=None keepdim=False"
 _SIGNATURES: dict[str, Signature] = {
-    "flatten": signature("flatten", "input start_dim end_dim", start_dim=0, end_dim=-1),
-    "ravel": signature("flatten", "input start_dim end_dim", start_dim=0, end_dim=-1),
+    **dict.fromkeys(("flatten", "ravel"), signature("flatten", "input start_dim=0 end_dim=-1")),
     "unflatten": signature("unflatten", "input dim sizes"),
-    "reshape_as": signature("like", "input other"),
-    "view_as": signature("like", "input other"),
+    **dict.fromkeys(("reshape_as", "view_as"), signature("like", "input other")),
     "expand_as": signature("expand_like", "input other"),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), signature("transpose", "input dim0 dim1")),
     "unsqueeze": signature("unsqueeze", "input dim"),
-    "squeeze": signature("squeeze", "input dim", dim=None),
-    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), signature("same", "input dim dtype", dtype=None)),
-    "roll": signature("same", "input shifts dims", dims=None),
-    "normalize": signature("same", "input p dim eps", p=2.0, dim=1, eps=1e-12),
-    "layer_norm": signature("layer_norm", "input normalized_shape weight bias eps", weight=None, bias=None, eps=1e-5),
-    "group_norm": signature("same", "input num_groups weight bias eps", weight=None, bias=None, eps=1e-5),
+    "squeeze": signature("squeeze", "input dim=None"),
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), signature("same", "input dim dtype=None")),
+    "roll": signature("same", "input shifts dims=None"),
+    "normalize": signature("same", "input p=2.0 dim=1 eps=1e-12"),
+    "layer_norm": signature("layer_norm", "input normalized_shape weight=None bias=None eps=1e-5"),
+    "group_norm": signature("same", "input num_groups weight=None bias=None eps=1e-5"),
     "interpolate": signature(
-        "interpolate", "input size scale_factor mode align_corners recompute_scale_factor antialias",
-        size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False,
+        "interpolate",
+        "input size=None scale_factor=None mode='nearest' align_corners=None recompute_scale_factor=None "
+        "antialias=False",
     ),
     "matmul": signature("matmul", "input other"),
     "bmm": signature("bmm", "input other"),
     "where": signature("where", "condition input other"),
-    "stack": signature("stack", "tensors dim", dim=0),
-    "unbind": signature("unbind", "input dim", dim=0),
+    "stack": signature("stack", "tensors dim=0"),
+    "unbind": signature("unbind", "input dim=0"),
     "select": signature("select", "input dim index"),
     "scaled_dot_product_attention": signature(
-        "attention", "input key value attn_mask dropout_p is_causal scale enable_gqa",
-        attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+        "attention", "input key value attn_mask=None dropout_p=0.0 is_causal=False scale=None enable_gqa=False"
     ),
     "embedding": signature(
-        "embedding", "index weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
-        padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False,
+        "embedding", "index weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False"
     ),
-    "mean": signature("average", "input dim keepdim dtype", dim=None, keepdim=False, dtype=None),
-}  # fmt: skip
-_reduce = signature("reduce", "input dim keepdim dtype", dim=None, keepdim=False, dtype=None)
-_SIGNATURES |= dict.fromkeys(("sum", "nanmean", "nansum"), _reduce)
-_reduce = signature("reduce", "input dim keepdim", dim=None, keepdim=False)
-_SIGNATURES |= dict.fromkeys(("amax", "amin", "logsumexp", "argmax", "argmin", "all", "any"), _reduce)
+    "mean": signature("average", _DIMS + " dtype=None"),
+    **dict.fromkeys(("sum", "nanmean", "nansum"), signature("reduce", _DIMS + " dtype=None")),
+    **dict.fromkeys("amax amin logsumexp argmax argmin all any".split(), signature("reduce", _DIMS)),
+}
 POOLS: dict[str, Signature] = {}  # of windows, by the maximum or a norm
 POOL_MODULES: dict[Any, int] = {}
 for _d in (1, 2, 3):
     _SIGNATURES[f"adaptive_avg_pool{_d}d"] = signature("adaptive_avg_pool", "input output_size", _d)
-    POOLS[f"max_pool{_d}d"] = signature(
-        "max_pool", "input kernel_size stride padding dilation ceil_mode return_indices", _d,
-        stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
-    )  # fmt: skip
-    POOLS[f"adaptive_max_pool{_d}d"] = signature(
-        "max_pool", "input output_size return_indices", _d, return_indices=False
-    )
-    POOLS[f"lp_pool{_d}d"] = signature(
-        "max_pool", "input norm_type kernel_size stride ceil_mode", _d, stride=None, ceil_mode=False
-    )
+    for _name, _text in (
+        ("max_pool", "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False"),
+        ("adaptive_max_pool", "input output_size return_indices=False"),
+        ("lp_pool", "input norm_type kernel_size stride=None ceil_mode=False"),
+    ):
+        POOLS[f"{_name}{_d}d"] = signature("max_pool", _text, _d)
     POOL_MODULES |= {getattr(nn, f"{kind}{_d}d"): _d for kind in ("MaxPool", "AdaptiveMaxPool")}
 _VARIADIC = {"view": "reshape", "reshape": "reshape", "permute": "permute", "expand": "expand", "repeat": "repeat"}
-_SPACES = (torch, F, operator)
 _NAMED = (*_SIGNATURES, "reshape", "permute")
-_FUNCTIONS = {getattr(space, n): n for n in _NAMED for space in _SPACES if hasattr(space, n)}
+_FUNCTIONS = {getattr(space, n): n for n in _NAMED for space in (torch, F) if hasattr(space, n)}
+_FUNCTIONS[operator.matmul] = "matmul"
 _POOL_FUNCTIONS = {getattr(F, n): n for n in POOLS}
 _POOL_FUNCTIONS |= {getattr(torch, n): n for n in ("max_pool1d", "max_pool2d", "max_pool3d")}  # which give no indices
 # ATen operators that a table of names cannot tell, and which operations are read of any
@@ -88,7 +80,19 @@ _ATEN |= {f"upsample_{kind}": "interpolate" for kind in ("nearest1d", "nearest2d
 _ATEN_ARGUMENTS = {"self": "input", "size": "sizes", "shape": "sizes"}
 _MOVES = set("reshape permute flatten unflatten transpose unsqueeze squeeze average adaptive_avg_pool like".split())
 _CASTS = {"to", "long", "int", "bool", "cpu", "cuda"}
-_SAME = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# layers: the operation, the fields that hold its arguments, and spatial dims where the layer fixes them
+_LAYERS: dict[Any, tuple[Any, ...]] = {
+    nn.Flatten: ("flatten", {"start_dim": "start_dim", "end_dim": "end_dim"}),
+    nn.Unflatten: ("unflatten", {"dim": "dim", "sizes": "unflattened_size"}),
+    nn.LayerNorm: ("layer_norm", {"normalized_shape": "normalized_shape"}),
+    nn.Embedding: ("embedding", {"width": "embedding_dim"}),
+    nn.Upsample: ("interpolate", {"mode": "mode"}),
+    **dict.fromkeys((nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.GroupNorm), ("same", {})),
+    **{getattr(nn, f"InstanceNorm{d}d"): ("same", {}) for d in (1, 2, 3)},
+    **{
+        getattr(nn, f"AdaptiveAvgPool{d}d"): ("adaptive_avg_pool", {"output_size": "output_size"}, d) for d in (1, 2, 3)
+    },
+}
 
 
 def read_shaping(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
@@ -138,21 +142,12 @@ def _variadic(node: Node, op: str) -> Call | None:
 def _module(node: Node, m: nn.Module) -> Call | None:
     if runs(m) is None or len(node.args) != 1 or node.kwargs:
         return None
-    args: dict[str, Any] = {"input": node.args[0]}
-    if isinstance(m, nn.Flatten):
-        return Call("flatten", args | {"start_dim": m.start_dim, "end_dim": m.end_dim})
-    if isinstance(m, nn.Unflatten):
-        return Call("unflatten", args | {"dim": m.dim, "sizes": m.unflattened_size})
-    if isinstance(m, nn.LayerNorm):
-        return Call("layer_norm", args | {"normalized_shape": m.normalized_shape})
-    if isinstance(m, nn.Upsample):
-        return Call("interpolate", args | {"mode": m.mode})
-    for d, cls in ((1, nn.AdaptiveAvgPool1d), (2, nn.AdaptiveAvgPool2d), (3, nn.AdaptiveAvgPool3d)):
-        if isinstance(m, cls):
-            return Call("adaptive_avg_pool", args | {"output_size": m.output_size}, d)
-    if isinstance(m, nn.Embedding):
-        return Call("embedding", {"index": node.args[0], "width": m.embedding_dim})
-    return Call("same", args) if isinstance(m, _SAME) else None
+    known = next((_LAYERS[c] for c in type(m).__mro__ if c in _LAYERS), None)
+    if known is None:
+        return None
+    op, fields, *spatial = known
+    args = {"index" if op == "embedding" else "input": node.args[0]}
+    return Call(op, args | {n: getattr(m, field) for n, field in fields.items()}, *spatial)
 
 
 def pooled(node: Node, modules: Mapping[str, nn.Module]) -> int | None:

@@ -11,8 +11,6 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
@@ -20,68 +18,9 @@ from fxfuse.algebra.constants import Attr
 from fxfuse.framed import FRAMED
 from fxfuse.names import below, is_aten
 from fxfuse.ops import aten, deformable
-from fxfuse.ops.call import Call, Signature
-from fxfuse.ops.call import signature as _sig
+from fxfuse.ops.call import FUNCTIONS, METHODS, Call
 from fxfuse.ops.modules import CONVS, DROPOUTS, NORMS, PADS, POOLS, TYPES, changed, layer_type
 from fxfuse.refusal import Refusal
-
-_CONV = "input weight bias stride padding dilation groups"
-_CONV_T = "input weight bias stride padding output_padding groups dilation"
-_conv: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-_POOL = "input kernel_size stride padding ceil_mode count_include_pad"
-_pool: dict[str, Any] = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
-
-FUNCTIONS: dict[Any, Signature] = {
-    F.batch_norm: _sig(
-        "batch_norm",
-        "input running_mean running_var weight bias training momentum eps",
-        weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
-    ),
-    F.linear: _sig("linear", "input weight bias", 0, bias=None),
-    F.avg_pool1d: _sig("avg_pool", _POOL, 1, **_pool),
-    F.avg_pool2d: _sig("avg_pool", _POOL + " divisor_override", 2, **_pool, divisor_override=None),
-    F.avg_pool3d: _sig("avg_pool", _POOL + " divisor_override", 3, **_pool, divisor_override=None),
-    F.pad: _sig("pad", "input pad mode value", mode="constant", value=None),
-    F.dropout: _sig("dropout", "input p training inplace", p=0.5, training=True, inplace=False),
-    torch.mm: _sig("mm", "input other"),
-    operator.neg: _sig("neg", "input"),
-    operator.getitem: _sig("getitem", "input index"),
-    operator.setitem: _sig("setitem", "input index value", inplace=True),
-    torch.chunk: _sig("chunk", "input chunks dim", dim=0),
-    torch.split: _sig("split", "input split_size dim", dim=0),
-    torch.narrow: _sig("narrow", "input dim start length"),
-    torch.flip: _sig("flip", "input dims"),
-    torch.index_select: _sig("index_select", "input dim index"),
-    torch.cat: _sig("cat", "tensors dim", dim=0),
-    torch.channel_shuffle: _sig("channel_shuffle", "input groups"),
-    torch.flatten: _sig("flatten", "input start_dim end_dim", start_dim=0, end_dim=-1),
-}  # fmt: skip
-for _d in (1, 2, 3):
-    FUNCTIONS[getattr(F, f"conv{_d}d")] = _sig("conv", _CONV, _d, **_conv)
-    FUNCTIONS[getattr(F, f"conv_transpose{_d}d")] = _sig("conv_transpose", _CONV_T, _d, **_conv, output_padding=0)
-    FUNCTIONS[getattr(F, f"dropout{_d}d")] = FUNCTIONS[F.dropout]
-FUNCTIONS[torch.concat] = FUNCTIONS[torch.concatenate] = FUNCTIONS[torch.cat]
-FUNCTIONS[torch.matmul] = FUNCTIONS[operator.matmul] = FUNCTIONS[torch.mm]
-FUNCTIONS[torch._C._nn.pad] = FUNCTIONS[F.pad]  # what torch.compile makes of it
-FUNCTIONS[F.channel_shuffle] = FUNCTIONS[F.native_channel_shuffle] = FUNCTIONS[torch.channel_shuffle]
-FUNCTIONS[torch.neg] = FUNCTIONS[torch.negative] = FUNCTIONS[operator.neg]
-FUNCTIONS[torch.batch_norm] = _sig(
-    "batch_norm", "input weight bias running_mean running_var training momentum eps cudnn_enabled"
-)
-
-METHODS: dict[str, Signature] = {
-    n: FUNCTIONS[getattr(torch, n)]
-    for n in ("chunk", "split", "narrow", "flip", "index_select", "neg", "negative", "flatten", "mm", "matmul")
-}
-for _op, _alias in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("div", "truediv")):
-    _alpha: dict[str, Any] = {"alpha": 1} if _op in ("add", "sub") else {"rounding_mode": None} if _op == "div" else {}
-    _names = " ".join(("input", "other", *_alpha))
-    _plain, _writes = _sig(_op, _names, **_alpha), _sig(_op, _names, inplace=True, **_alpha)
-    FUNCTIONS[getattr(operator, _alias)] = FUNCTIONS[getattr(torch, _op)] = METHODS[_op] = _plain
-    FUNCTIONS[getattr(operator, "i" + _alias)] = METHODS[_op + "_"] = _writes
-for _long, _short in (("multiply", "mul"), ("subtract", "sub"), ("divide", "div"), ("true_divide", "div")):
-    FUNCTIONS[getattr(torch, _long)] = METHODS[_long] = METHODS[_short]
-    METHODS[_long + "_"] = METHODS[_short + "_"]
 
 
 def read(node: Node, modules: Mapping[str, nn.Module], attr: Any) -> Call | None:
@@ -136,8 +75,8 @@ def _module_call(node: Node, m: nn.Module, path: str, attr: Any) -> Call | None:
         args |= {n: _state(m, n, path, attr) for n in ("running_mean", "running_var", "weight", "bias")}
         return Call("batch_norm", args | {"training": m.training, "eps": m.eps}, NORMS[cls], path)
     if cls in POOLS:
-        fields = [*_POOL.split()[1:], *(["divisor_override"] if cls is not nn.AvgPool1d else [])]
-        return Call("avg_pool", args | {n: getattr(m, n) for n in fields}, POOLS[cls], path)
+        fields = "kernel_size stride padding ceil_mode count_include_pad divisor_override".split()
+        return Call("avg_pool", args | {n: getattr(m, n) for n in fields if hasattr(m, n)}, POOLS[cls], path)
     if cls in DROPOUTS:
         return Call("dropout", args | {"training": m.training}, path=path)
     if cls in PADS:
