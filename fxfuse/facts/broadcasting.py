@@ -24,10 +24,7 @@ def _broadcast(call: Call, out: Fact, facts: Facts) -> None:
         return
     if len(known) < 2:
         return
-    out.at_least(max(f.low for f in known))
-    out.at_most(max(f.high for f in known))
-    for fact in known:
-        fact.at_most(out.high)
+    widest(out, known)
     for axis in {a for f in known for a in f.axes}:
         sizes = [f.axes.get(axis) for f in known]
         wide = [s for s in sizes if s is not None and s != 1]
@@ -47,10 +44,8 @@ def _cat(call: Call, out: Fact, facts: Facts) -> None:
     for part in parts:
         same_rank(part, out)
     axis = out.likely_axis(call.args["dim"])
-    if axis is not None and parts and len(parts) == len(tensors):
-        sizes = [p.axes.get(axis) for p in parts]
-        if all(s is not None for s in sizes):
-            out.axes[axis] = sum(s for s in sizes if s is not None)
+    if axis is not None and parts and len(parts) == len(tensors) and all(axis in p.axes for p in parts):
+        out.axes[axis] = sum(p.axes[axis] for p in parts)
 
 
 def _like(call: Call, out: Fact, facts: Facts) -> None:
@@ -59,32 +54,20 @@ def _like(call: Call, out: Fact, facts: Facts) -> None:
         same_shape(other, out)
 
 
-def _matmul(call: Call, out: Fact, facts: Facts) -> None:
-    a, b = (fact_of(call.args[n], facts) for n in ("input", "other"))
-    if a is None or b is None or a.low < 2 or b.low < 2:
+def _product(call: Call, out: Fact, facts: Facts) -> None:
+    """Matrices in the last two dims; attention is one too, of the query by the values in the end."""
+    names = [n for n in ("input", "key", "value", "other") if n in call.args]
+    parts = [f for n in names if (f := fact_of(call.args[n], facts)) is not None]
+    for fact in (*parts, out) if call.op == "bmm" else ():
+        fact.exactly(3)
+    if len(parts) < len(names):
         return
-    widest(out, [a, b])
-    link(a, out, {-2: -2})
-    link(b, out, {-1: -1})
-
-
-def _bmm(call: Call, out: Fact, facts: Facts) -> None:
-    for fact in (fact_of(call.args["input"], facts), fact_of(call.args["other"], facts), out):
-        if fact is not None:
-            fact.exactly(3)
-    _matmul(call, out, facts)
-
-
-def _attention(call: Call, out: Fact, facts: Facts) -> None:
-    parts = [fact_of(call.args[n], facts) for n in ("input", "key", "value")]
-    known = [f for f in parts if f is not None]
-    if len(known) < 3:
-        return
-    for fact in known:
+    for fact in parts if call.op == "attention" else ():
         fact.at_least(2)
-    widest(out, known)
-    link(known[0], out, {-2: -2})
-    link(known[2], out, {-1: -1})
+    if all(f.low >= 2 for f in parts):
+        widest(out, parts)
+        link(parts[0], out, {-2: -2})
+        link(parts[-1], out, {-1: -1})
 
 
 def _where(call: Call, out: Fact, facts: Facts) -> None:
@@ -120,11 +103,8 @@ def _embedding(call: Call, out: Fact, facts: Facts) -> None:
 OF_SEVERAL: dict[str, Callable[[Call, Fact, Facts], None]] = {
     **dict.fromkeys(("add", "sub", "mul", "div"), _broadcast),
     "cat": _cat,
-    "like": _like,
-    "expand_like": _like,
-    "matmul": _matmul,
-    "bmm": _bmm,
-    "attention": _attention,
+    **dict.fromkeys(("like", "expand_like"), _like),
+    **dict.fromkeys(("matmul", "bmm", "attention"), _product),
     "where": _where,
     "stack": _stack,
     "embedding": _embedding,

@@ -104,6 +104,11 @@ def offset(x: Fact, out: Fact, more: int) -> None:
     x.at_most(out.high - more)
 
 
+def known_axes(x: Fact, out: Fact) -> range:
+    """Axes from the end, as many as anything is known of."""
+    return range(min([*x.axes, *out.axes, 0]), 0)
+
+
 def link(x: Fact, out: Fact, axes: Mapping[int, int]) -> None:
     """Axis o of `out` has the size of axis i of `x`, for each o: i."""
     for o, i in axes.items():

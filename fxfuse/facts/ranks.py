@@ -1,4 +1,4 @@
-"""How operations of one tensor, without weights, relate the ranks and sizes of what they read and give.
+"""How operations of one tensor relate the ranks and sizes of what they read and give.
 
 Every relation holds for each input that the operation accepts, and works both ways: `x.mean((2, 3))` has two
 dims fewer than x, and x two more than it. What would depend on a size or a rank that is not known says nothing.
@@ -6,25 +6,26 @@ dims fewer than x, and x two more than it. What would depend on a size or a rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Node
 
 from fxfuse.facts.broadcasting import OF_SEVERAL, Facts
-from fxfuse.facts.fact import Fact, link, offset, same_rank, same_shape
+from fxfuse.facts.fact import Fact, known_axes, link, offset, same_rank, same_shape
 from fxfuse.ops.call import Call
 from fxfuse.ops.movement import ints_of
 
 
 def relate(call: Call, out: Fact, facts: Facts) -> None:
-    """Let the facts of the inputs and of the output of a `shaping` call learn from each other."""
+    """Let the facts of the inputs and of the output of a call learn from each other."""
     if call.op in OF_SEVERAL:
         OF_SEVERAL[call.op](call, out, facts)
+    elif call.op in ("reshape", "expand", "repeat"):
+        _counted(call, out, facts)
     elif call.op in _OF_ONE and isinstance(source := call.args["input"], Node):
         _OF_ONE[call.op](call, facts[source], out)
-    if call.op in ("reshape", "expand", "repeat"):
-        _counted(call, out, facts)
 
 
 def relate_index(index: Any, x: Fact, out: Fact) -> None:
@@ -38,22 +39,62 @@ def relate_index(index: Any, x: Fact, out: Fact) -> None:
     offset(x, out, sum(i is None for i in items) - numbers)
 
 
-def _known(x: Fact, out: Fact) -> range:
-    """Axes from the end, as many as anything is known of."""
-    return range(min([*x.axes, *out.axes, 0]), 0)
+def part(dim: Any, size: Any, x: Fact, out: Fact) -> None:
+    """A part of x, of `size` along `dim` and whole along the others."""
+    axis = x.likely_axis(dim)
+    if axis is None:
+        return
+    for other, n in x.axes.items():
+        if other != axis:
+            out.axes.setdefault(other, n)
+    if isinstance(size, int):
+        out.axes.setdefault(axis, size)
+
+
+def windows(x: Fact, out: Fact, spatial: int) -> None:
+    """The last `spatial` dims are read by windows, with channels before them and perhaps a batch."""
+    x.at_least(spatial + 1)
+    x.at_most(spatial + 2)
+    same_rank(x, out)
+
+
+def _without(x: Fact, out: Fact, gone: set[int]) -> None:
+    """`out` has the axes of x, counted from the end, but those that are gone."""
+    link(x, out, {a + sum(g > a for g in gone): a for a in known_axes(x, out) if a not in gone})
 
 
 def _same(call: Call, x: Fact, out: Fact) -> None:
     same_shape(x, out)
 
 
+def _pool(call: Call, x: Fact, out: Fact) -> None:
+    spatial = call.spatial or 0
+    windows(x, out, spatial)
+    link(x, out, {-spatial - 1: -spatial - 1})
+
+
+def _pad(call: Call, x: Fact, out: Fact) -> None:
+    same_rank(x, out)
+    pad = call.args["pad"]
+    if isinstance(pad, (tuple, list)):
+        link(x, out, {a: a for a in known_axes(x, out) if a < -len(pad) // 2})
+
+
+def _narrow(call: Call, x: Fact, out: Fact) -> None:
+    same_rank(x, out)
+    part(call.args["dim"], call.args["length"], x, out)
+
+
+def _index_select(call: Call, x: Fact, out: Fact) -> None:
+    same_rank(x, out)
+
+
 def _layer_norm(call: Call, x: Fact, out: Fact) -> None:
     same_shape(x, out)
     sizes = ints_of(call.args["normalized_shape"])
     if sizes is not None:
-        x.at_least(len(sizes))
-        out.at_least(len(sizes))
         for fact in (x, out):
+            fact.at_least(len(sizes))
             fact.axes.update({i - len(sizes): n for i, n in enumerate(sizes)})
 
 
@@ -76,12 +117,9 @@ def _flatten(call: Call, x: Fact, out: Fact) -> None:
         link(x, out, {a: a for a in range(last + 1, 0)})
     if first is None or last is None:
         return
-    sizes = [x.axes.get(a) for a in range(first, last + 1)]
-    if all(s is not None for s in sizes):
-        size = 1
-        for s in sizes:
-            size *= s or 0
-        out.axes[last] = size
+    axes = range(first, last + 1)
+    if all(a in x.axes for a in axes):
+        out.axes[last] = math.prod(x.axes[a] for a in axes)
     if x.rank is not None:
         link(x, out, {a + last - first: a for a in range(-x.rank, first)})
 
@@ -117,7 +155,7 @@ def _transpose(call: Call, x: Fact, out: Fact) -> None:
     pair = tuple(x.axis(call.args[n]) for n in ("dim0", "dim1"))
     if None not in pair:
         swapped = dict(zip(pair, pair[::-1], strict=True))
-        link(x, out, {a: swapped.get(a, a) or a for a in {*_known(x, out), *(p for p in pair if p)}})
+        link(x, out, {a: swapped.get(a, a) or a for a in {*known_axes(x, out), *(p for p in pair if p)}})
 
 
 def _reduce(call: Call, x: Fact, out: Fact) -> None:
@@ -125,28 +163,24 @@ def _reduce(call: Call, x: Fact, out: Fact) -> None:
     dims = ints_of(dim)
     if not isinstance(keep, bool) or (dim is not None and not dims):
         return
-    if dims is None:
-        if keep:
-            same_rank(x, out)
-        else:
-            out.at_most(0)
-        return
-    x.at_least(_needed(dims) if len(dims) > 1 or dims[0] not in (0, -1) else 0)
+    if dims is not None:
+        x.at_least(_needed(dims) if len(dims) > 1 or dims[0] not in (0, -1) else 0)
     if keep:
         same_rank(x, out)
+    elif dims is None:
+        out.at_most(0)
     elif x.low or out.low:  # a number may be reduced along dim 0 and stays a number
         offset(x, out, -len(dims))
-    else:
+    if dims is None or not (keep or x.low or out.low):
         return
     reduced = {a for d in dims if (a := x.axis(d)) is not None}
     if len(reduced) < len(dims):
         return
-    left = [a for a in _known(x, out) if a not in reduced]
     if keep:
-        link(x, out, {a: a for a in left})
+        link(x, out, {a: a for a in known_axes(x, out) if a not in reduced})
         out.axes.update(dict.fromkeys(reduced, 1))
     else:
-        link(x, out, {a + sum(r > a for r in reduced): a for a in left})
+        _without(x, out, reduced)
 
 
 def _needed(dims: tuple[int, ...]) -> int:
@@ -158,7 +192,7 @@ def _unsqueeze(call: Call, x: Fact, out: Fact) -> None:
     offset(x, out, 1)
     axis = out.axis(call.args["dim"])
     if axis is not None:
-        link(x, out, {a if a > axis else a - 1: a for a in _known(x, out) if a - 1 != axis or a > axis})
+        link(x, out, {a if a > axis else a - 1: a for a in known_axes(x, out) if a - 1 != axis or a > axis})
         out.axes[axis] = 1
 
 
@@ -176,7 +210,7 @@ def _squeeze(call: Call, x: Fact, out: Fact) -> None:
     gone = {a for a, n in zip(axes, sizes, strict=True) if n == 1 and a is not None}
     x.at_least(-min(gone, default=0))
     offset(x, out, -len(gone))
-    link(x, out, {a + sum(g > a for g in gone): a for a in _known(x, out) if a not in gone})
+    _without(x, out, gone)
 
 
 def _adaptive(call: Call, x: Fact, out: Fact) -> None:
@@ -204,33 +238,31 @@ def _select(call: Call, x: Fact, out: Fact) -> None:
     offset(x, out, -1)
 
 
-def _expand(call: Call, x: Fact, out: Fact) -> None:
-    x.at_most(out.high)
-
-
 _OF_ONE: dict[str, Callable[[Call, Fact, Fact], None]] = {
-    "same": _same,
-    "cast": _same,
+    **dict.fromkeys("same cast dropout identity neg channel_shuffle flip".split(), _same),
+    "avg_pool": _pool,
+    "pad": _pad,
+    "narrow": _narrow,
+    "index_select": _index_select,
     "layer_norm": _layer_norm,
     "flatten": _flatten,
     "unflatten": _unflatten,
     "permute": _permute,
     "transpose": _transpose,
-    "average": _reduce,
-    "reduce": _reduce,
+    **dict.fromkeys(("average", "reduce"), _reduce),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "adaptive_avg_pool": _adaptive,
     "interpolate": _interpolate,
     "select": _select,
-    "expand": _expand,
-    "repeat": _expand,
 }
 
 
 def _counted(call: Call, out: Fact, facts: Facts) -> None:
     """`x.view(b, -1, 8)` has as many dims as it is given sizes, and those sizes."""
-    sizes = call.args["sizes"]
+    source, sizes = call.args["input"], call.args["sizes"]
+    if call.op != "reshape" and isinstance(source, Node):
+        facts[source].at_most(out.high)
     if isinstance(sizes, Node):
         tensor = _shape_of(sizes)
         if tensor is not None and call.op == "reshape":

@@ -14,12 +14,12 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fxfuse.facts.fact import Fact
+from fxfuse.facts.infer import shape_call
 from fxfuse.facts.products import ONE, Shape, Size, product
 from fxfuse.names import plain
 from fxfuse.ops.call import Call
-from fxfuse.ops.elementwise import elementwise
-from fxfuse.ops.index_lists import pick
-from fxfuse.ops.movement import ints_of, pooled
+from fxfuse.ops.index_lists import fixed, pick
+from fxfuse.ops.movement import ints_of
 from fxfuse.ops.questions import SIZE, asks
 
 LONG = 8  # unknowns in one product
@@ -44,18 +44,11 @@ class Dims:
         asking = dict[Node, bool]()
         for node in graph.nodes:
             if asks(node, asking):
-                self._ask(node)
-                continue
-            call = shapings.get(node) or calls.get(node)
-            if call is None and elementwise(node, modules):
-                call = Call("same", {"input": node.args[0]})
-            elif call is None and (spatial := pooled(node, modules)):
-                call = Call("avg_pool", {"input": node.all_input_nodes[0]}, spatial)
-            fact = facts[node].sure or facts[node]
-            if fact.rank is None:
-                continue
-            shape = self._shape(node, call, fact.rank) if call is not None else None
-            self.shapes[node] = self.filled(node, shape, fact.rank)
+                self.values[node] = self._asked(node)
+            elif (rank := (facts[node].sure or facts[node]).rank) is not None:
+                call = shape_call(node, calls, shapings, modules)
+                shape = self._shape(node, call, rank) if call is not None else None
+                self.shapes[node] = self.filled(node, shape, rank)
 
     def filled(self, node: Node, shape: Sequence[Size | None] | None, rank: int) -> Shape:
         """`shape` with numbers where they are certain, and unknowns of the node's own for what is None."""
@@ -78,8 +71,7 @@ class Dims:
         """Shape after a call that only reads the same values in another shape; None for any other call."""
         args, rank = call.args, len(x)
         if call.op == "reshape":
-            sizes = args["sizes"]
-            return self._sizes(sizes, product(x))
+            return self._sizes(args["sizes"], product(x))
         if call.op == "like":
             return self.of(args["other"])
         if call.op == "flatten":
@@ -189,54 +181,39 @@ class Dims:
             axes.append(None if len(found) > 1 else found.pop() if found else ONE)
         return axes
 
-    def _ask(self, node: Node) -> None:
-        """What a node that asks for sizes, or computes with them, gives."""
+    def _asked(self, node: Node) -> Any:
+        """What a node that asks for sizes, or computes with them, gives; None where that is not known."""
         args: Any = node.args
-        source = args[0] if args else None
         if node.target is getattr or plain(node.target) in SIZE:
-            shape = self.of(source)
+            shape = self.of(args[0] if args else None)
             dims = () if node.target is getattr else (*args[1:], *node.kwargs.values())  # x.size(dim=0)
-            if shape is not None and not dims:
-                self.values[node] = shape
-            elif shape is not None and (index := _index(dims[0], len(shape))) is not None:
-                self.values[node] = shape[index]
-            return
-        found = self._known(source)
+            return _item(shape, dims[0]) if shape is not None and dims else shape
+        parts = [self._known(a) if isinstance(a, Node) else a for a in args]
+        shapes = [p for p in parts if isinstance(p, (tuple, list)) and not isinstance(p, Size)]
         if node.target is operator.getitem:
-            if isinstance(found, tuple) and not isinstance(found, Size):
-                self.values[node] = _item(found, args[1])
-            return
+            return _item(parts[0], args[1]) if parts[0] in shapes else None
         if node.target is operator.add:
-            parts = [self._known(a) if isinstance(a, Node) else a for a in args]
-            if all(isinstance(p, (tuple, list)) and not isinstance(p, Size) for p in parts):
-                self.values[node] = tuple(self._value(s) for p in parts for s in p)
-            return
-        if not all(isinstance(a, int) or isinstance(self._known(a), Size) for a in args):
-            return
-        a, b = (self._value(v) for v in args)
-        if node.target is operator.mul:
-            self.values[node] = a * b
-        else:
-            self.values[node] = self._quotient(a, b)
+            return tuple(self._value(s) for p in shapes for s in p) if len(shapes) == len(parts) else None
+        if not all(isinstance(p, (int, Size)) for p in parts):
+            return None
+        a, b = (self._value(p) for p in parts)
+        return a * b if node.target is operator.mul else self._quotient(a, b)
 
 
 def order_of(call: Call, rank: int) -> tuple[int, ...] | None:
     """Where each axis of a permuted tensor comes from."""
     if call.op == "permute":
-        dims = ints_of(call.args["sizes"])
-        order = [] if dims is None else [_index(d, rank) for d in dims]
+        order = [_index(d, rank) for d in ints_of(call.args["sizes"]) or ()]
     else:
         a, b = _index(call.args["dim0"], rank), _index(call.args["dim1"], rank)
-        order = list(range(rank)) if a is not None and b is not None else []
-        if order:
-            order[a or 0], order[b or 0] = b, a
+        swapped = {a: b, b: a}
+        order = [] if None in swapped else [swapped.get(i, i) for i in range(rank)]
     return tuple(i for i in order if i is not None) if len(order) == rank and None not in order else None
 
 
 def _item(sizes: Shape, index: Any) -> Size | Shape | None:
     if isinstance(index, slice):
-        plain = all(b is None or isinstance(b, int) for b in (index.start, index.stop, index.step))
-        return sizes[index] if plain else None
+        return sizes[index] if fixed(index) else None
     where = _index(index, len(sizes))
     return None if where is None else sizes[where]
 

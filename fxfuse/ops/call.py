@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from ast import literal_eval
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,15 @@ def signature(op: str, text: str, spatial: int | None = None, inplace: bool = Fa
     fields = [field.partition("=") for field in text.split()]
     defaults = {name: literal_eval(value) for name, equals, value in fields if equals}
     return Signature(op, tuple(name for name, _, _ in fields), defaults, spatial, inplace)
+
+
+def piece_sizes(call: Call, whole: int | None) -> Sequence[Any] | None:
+    """What chunk or split cuts an axis of size `whole` into; None where that is not known."""
+    sizes = call.args["chunks" if call.op == "chunk" else "split_size"]
+    if isinstance(sizes, int) and sizes > 0 and whole:
+        size = -(-whole // sizes) if call.op == "chunk" else sizes
+        return [min(size, whole - i) for i in range(0, whole, size)]
+    return sizes if isinstance(sizes, (list, tuple)) else None
 
 
 _CONV = "input weight bias=None stride=1 padding=0"

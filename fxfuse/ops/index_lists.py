@@ -44,3 +44,8 @@ def index_of(axis: int, entries: tuple[int, ...]) -> Any:
     if axis >= 0:
         return (*[slice(None)] * axis, list(entries))
     return (Ellipsis, list(entries), *[slice(None)] * (-1 - axis))
+
+
+def fixed(cut: slice) -> bool:
+    """Whether the bounds of a slice are known before the model runs."""
+    return all(bound is None or isinstance(bound, int) for bound in (cut.start, cut.stop, cut.step))
