@@ -74,8 +74,20 @@ def one_dtype(*consts: Attr | Apply | None) -> torch.dtype:
     return dtypes.pop()
 
 
-def unary(call: Call, op: Operator, assumes: int | None = None) -> Affine:
-    return Affine("unary", ((data(call), 1.0),), op, assumes=assumes)
+def unary(source: Node, op: Operator, assumes: int | None = None, width: int | None = None) -> Affine:
+    return Affine("unary", ((source, 1.0),), op, assumes=assumes, width=width)
+
+
+def wide_axes(const: Attr | Apply) -> list[int]:
+    """The axes, from the end, along which a constant may vary."""
+    return [i - len(const.shape) for i, n in enumerate(const.shape) if n != 1]
+
+
+def pad_pairs(pad: Any) -> list[tuple[int, int]] | None:
+    """(low, high) of each dim in order, of what `F.pad` takes; None where it is not known, or cuts."""
+    if not isinstance(pad, (tuple, list)) or not all(isinstance(p, int) and p >= 0 for p in pad):
+        return None
+    return list(zip(pad[::2], pad[1::2], strict=True))[::-1]
 
 
 def layout(fact: Fact, spatial: int | None = None) -> tuple[int | None, int | None]:

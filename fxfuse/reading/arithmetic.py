@@ -13,10 +13,21 @@ from torch.fx import Node
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import IDENTITY, pointwise, shuffled
 from fxfuse.names import torch_name
-from fxfuse.ops.call import PIECES, Call
-from fxfuse.ops.index_lists import pick
+from fxfuse.ops.call import PIECES, Call, piece_sizes
+from fxfuse.ops.index_lists import fixed, pick
 from fxfuse.ops.spellings import read
-from fxfuse.reading.affine import PASS_EXAMPLES, Affine, Facts, Unknown, axis_layout, data, ints, layout
+from fxfuse.reading.affine import (
+    PASS_EXAMPLES,
+    Affine,
+    Facts,
+    Unknown,
+    axis_layout,
+    data,
+    ints,
+    layout,
+    unary,
+    wide_axes,
+)
 from fxfuse.refusal import Refusal
 
 PASS_DTYPE = "pass example_inputs to optimize, they settle the dtype"
@@ -59,12 +70,12 @@ def _scaled(
     if not isinstance(constant, (Attr, Apply)):
         if not all(isinstance(n, (int, float)) for n in numbers):
             return None
-        return Affine("unary", ((source, 1.0),), replace(IDENTITY, kind="scale", law="scale", path=node.name, **fields))
+        return unary(source, replace(IDENTITY, kind="scale", law="scale", path=node.name, **fields))
     if constant.dtype.is_complex or constant.dtype == torch.bool:
         return None
     dims = len(constant.shape)
     path = constant.path if isinstance(constant, Attr) else node.name
-    wide = [i - dims for i, n in enumerate(constant.shape) if n != 1]
+    wide = wide_axes(constant)
     assumes = None
     if dims > fact.sure_low:
         _, assumes = layout(fact)
@@ -78,8 +89,7 @@ def _scaled(
             remedy="convert the model to one dtype with model.to(dtype)",
         )
     if not wide:
-        op = replace(IDENTITY, kind="scale", law="scale", path=path, dtype=dtype, **fields)
-        return Affine("unary", ((source, 1.0),), op, assumes=assumes)
+        return unary(source, replace(IDENTITY, kind="scale", law="scale", path=path, dtype=dtype, **fields), assumes)
     if len(wide) > 1:
         return Refusal("a constant that varies along more than the channel axis is no per-channel factor")
     width, met = constant.shape[wide[0]], fact.axes.get(wide[0])
@@ -89,7 +99,7 @@ def _scaled(
         return Refusal("the channel counts differ and broadcast", detail=f"{met} and {width}")
     certain = fact.channels(-wide[0] - 1) is not None  # else other inputs may have one channel, and become wider
     op = pointwise("scale", "scale", -wide[0] - 1, width, path=path, dtype=dtype, **fields)
-    return Affine("unary", ((source, 1.0),), op, assumes=assumes, width=None if certain else width)
+    return unary(source, op, assumes, None if certain else width)
 
 
 def _neg(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:
@@ -101,28 +111,28 @@ def _cat(call: Call, facts: Facts, node: Node) -> Affine:
     if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Node) for t in tensors):
         raise Unknown
     if len(tensors) == 1:
-        return Affine("unary", ((tensors[0], 1.0),), replace(IDENTITY, path=node.name))
+        return unary(tensors[0], replace(IDENTITY, path=node.name))
     spatial, assumes = axis_layout(facts[node], call.args["dim"])
     return Affine("concat", tuple((t, 1.0) for t in tensors), spatial=spatial, assumes=assumes)
 
 
-def _selected(source: Node, dim: Any, reads: Callable[[int], Sequence[int] | None], facts: Facts, node: Node) -> Affine:
-    """The channels of `source`, counted along `dim`, that `reads` tells where their number is known."""
-    spatial, assumes = axis_layout(facts[source], dim)
-    channels = facts[source].channels(spatial)
-    chosen = None if channels is None else reads(channels)
-    if channels is None or chosen is None:
-        raise Unknown
-    return _selection(source, chosen, channels, spatial, node, assumes)
-
-
-def _selection(
-    source: Node, reads: Sequence[int], channels: int, spatial: int, node: Node, assumes: int | None
+def _selected(
+    source: Node,
+    dim: Any,
+    reads: Callable[[int], Sequence[int] | None],
+    facts: Facts,
+    node: Node,
+    channels: int | None = None,
 ) -> Affine:
-    if spatial < 0 or not reads:
+    """The channels of `source`, counted along `dim`, that `reads` tells by their number: a fact, or else `channels`."""
+    spatial, assumes = axis_layout(facts[source], dim)
+    sure = facts[source].channels(spatial)
+    channels = channels if sure is None else sure
+    chosen = None if channels is None else reads(channels)
+    if channels is None or not chosen or spatial < 0:
         raise Unknown
-    op = pointwise("select", "select", spatial, len(reads), path=node.name)
-    return Affine("unary", ((source, 1.0),), replace(op, in_channels=channels, reads=tuple(reads)), assumes=assumes)
+    op = pointwise("select", "select", spatial, len(chosen), path=node.name)
+    return unary(source, replace(op, in_channels=channels, reads=tuple(chosen)), assumes)
 
 
 def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
@@ -134,9 +144,7 @@ def _getitem(call: Call, facts: Facts, node: Node) -> Affine:
     if not isinstance(index, tuple) or len(index) < 2 or not all(isinstance(i, slice) for i in index):
         raise Unknown
     cut: slice = index[1]
-    if any(i != slice(None) for i in (index[0], *index[2:])):
-        raise Unknown
-    if not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
+    if any(i != slice(None) for i in (index[0], *index[2:])) or not fixed(cut):
         raise Unknown
     return _selected(source, 1, lambda channels: range(channels)[cut], facts, node)
 
@@ -146,33 +154,27 @@ def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
     call = read(chunks, {}, None)
     if call is None or call.op not in ("chunk", "split"):
         raise Unknown
-    source, chunk = data(call), call.op == "chunk"
-    sizes = call.args["chunks" if chunk else "split_size"]
-    spatial, assumes = axis_layout(facts[source], call.args["dim"])
-    channels = facts[source].channels(spatial)
-    if channels is None and chunk and isinstance(sizes, int):
-        channels = _whole(chunks, sizes, -spatial - 1, facts)
-    elif channels is None and isinstance(sizes, (list, tuple)) and all(isinstance(s, int) for s in sizes):
-        channels = sum(sizes)
-    if channels is None:
-        raise Unknown
-    if isinstance(sizes, int):
-        size = -(-channels // sizes) if chunk else sizes
-        sizes = [min(size, channels - i) for i in range(0, channels, size)]
-    if not isinstance(sizes, (list, tuple)) or not all(isinstance(s, int) for s in sizes) or sum(sizes) != channels:
-        raise Unknown
-    if not -len(sizes) <= index < len(sizes):
-        raise Unknown
-    start = sum(sizes[: index % len(sizes)])
-    return _selection(source, range(start, start + sizes[index]), channels, spatial, node, assumes)
+    source, dim = data(call), call.args["dim"]
+    given: Any = call.args["chunks" if call.op == "chunk" else "split_size"]
+    if isinstance(given, int):  # what the pieces are fed to may tell their sizes
+        spatial, _ = axis_layout(facts[source], dim)
+        users = [u for u in chunks.users if u.target is operator.getitem and call.op == "chunk" and given > 0]
+        found = {u.args[1] % given: facts[u].channels(spatial) for u in users if isinstance(u.args[1], int)}
+        given = list(found.values()) if len(found) == given else None
+    known = isinstance(given, (list, tuple)) and all(isinstance(n, int) for n in given)
 
+    def reads(channels: int) -> range | None:
+        sizes = piece_sizes(call, channels) or ()
+        if (
+            not all(isinstance(s, int) for s in sizes)
+            or sum(sizes) != channels
+            or not -len(sizes) <= index < len(sizes)
+        ):
+            return None
+        start = sum(sizes[: index % len(sizes)])
+        return range(start, start + sizes[index])
 
-def _whole(chunks: Node, count: int, axis: int, facts: Facts) -> int | None:
-    """Channels of a chunked tensor, from what its pieces are fed to, where all are known."""
-    pieces = [u for u in chunks.users if u.target is operator.getitem]
-    sizes = {u.args[1]: facts[u].channels(-axis - 1) for u in pieces}
-    known = [s for i, s in sizes.items() if isinstance(i, int) and s is not None]
-    return sum(known) if len(known) == count == len(sizes) else None
+    return _selected(source, dim, reads, facts, node, sum(given) if known else None)
 
 
 def _narrow(call: Call, facts: Facts, node: Node) -> Affine:
@@ -196,10 +198,7 @@ def _channel_shuffle(call: Call, facts: Facts, node: Node) -> Affine:
 
 
 ARITHMETIC = {
-    "add": _arithmetic,
-    "sub": _arithmetic,
-    "mul": _arithmetic,
-    "div": _arithmetic,
+    **dict.fromkeys(("add", "sub", "mul", "div"), _arithmetic),
     "neg": _neg,
     "cat": _cat,
     "getitem": _getitem,

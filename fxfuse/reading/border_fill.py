@@ -16,6 +16,7 @@ from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.facts.fact import Fact
 from fxfuse.ops.aten import views
 from fxfuse.ops.call import Call
+from fxfuse.reading.affine import pad_pairs, wide_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,8 @@ def _filled(
     slices: Collection[Node],
     position: Mapping[Node, int],
 ) -> Any:
-    amounts = call.args["pad"]
-    if call.args["mode"] != "constant" or not isinstance(amounts, (tuple, list)):
-        return None
-    pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)][::-1]
-    spatial = len(pairs)
-    if fact.rank != spatial + 2 or not all(isinstance(p, int) and p >= 0 for pair in pairs for p in pair):
+    pairs = pad_pairs(call.args["pad"])
+    if call.args["mode"] != "constant" or pairs is None or fact.rank != len(pairs) + 2:
         return None
     values = [w.args["value"] for w in writes.values()]
     if not all(isinstance(v, (Attr, Apply, int, float)) for v in values) or len(set(values)) != 1:
@@ -67,7 +64,7 @@ def _filled(
     value = values[0]
     sides = {s for w in writes.values() if (s := _side(w.args["index"], pairs)) is not None}
     wanted = {(d, end) for d, pair in enumerate(pairs) for end in (0, 1) if pair[end]}
-    if sides != wanted or len(writes) != len(wanted) or not _per_channel(value, spatial):
+    if sides != wanted or len(writes) != len(wanted) or not _per_channel(value, len(pairs)):
         return None
     own = {*writes, *slices}
     if any(u not in own for s in slices for u in s.users):
@@ -80,10 +77,8 @@ def _filled(
 
 def _side(index: Any, pairs: list[tuple[int, int]]) -> tuple[int, int] | None:
     """(spatial dim, 0 low or 1 high) of a slice that covers exactly one side of the border."""
-    if not isinstance(index, tuple) or not 3 <= len(index) <= len(pairs) + 2:
-        return None
-    cut = [(d, i) for d, i in enumerate(index) if i != slice(None)]
-    if len(cut) != 1 or not isinstance(cut[0][1], slice) or cut[0][0] < 2:
+    cut = [(d, i) for d, i in enumerate(index) if i != slice(None)] if isinstance(index, tuple) else []
+    if len(cut) != 1 or not 2 <= cut[0][0] < len(index) <= len(pairs) + 2 or not isinstance(cut[0][1], slice):
         return None
     dim, where = cut[0][0] - 2, cut[0][1]
     low, high = pairs[dim]
@@ -100,6 +95,4 @@ def _per_channel(value: Any, spatial: int) -> bool:
     """A number, or a tensor that varies along the channel axis of the padded tensor alone."""
     if not isinstance(value, (Attr, Apply)):
         return True
-    dims = len(value.shape)
-    wide = [i - dims for i, n in enumerate(value.shape) if n != 1]
-    return dims <= spatial + 2 and wide in ([], [-spatial - 1])
+    return len(value.shape) <= spatial + 2 and wide_axes(value) in ([], [-spatial - 1])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from fxfuse.algebra.constants import Apply, Attr, freeze
 from fxfuse.attributes import owner_of, tensor_at
@@ -83,45 +84,38 @@ def _pure(node: Node) -> bool:
 def _apply(node: Node, found: Mapping[Node, Any], samples: dict[Node, Any]) -> Any:
     """The constant of a node whose inputs are constants; None where it has no fixed shape."""
     function = str(node.target) if node.op == "call_method" else node.target
-    if function is operator.getitem and any(_is_mask(found[n]) for n in node.all_input_nodes[1:]):
-        return None  # a shape that depends on data
-    for source in node.all_input_nodes:
-        if source not in samples:
-            samples[source] = _sample(found[source])
-    large = any(_is_meta(samples[n]) for n in node.all_input_nodes)  # operands have to be on one device
-    args = torch.fx.map_arg(node.args, lambda n: _moved(samples[n], large))
-    kwargs = torch.fx.map_arg(node.kwargs, lambda n: _moved(samples[n], large))
-    if "device" in kwargs and not node.all_input_nodes:
+    inputs = node.all_input_nodes
+    indices = [found[n] for n in inputs[1:]] if function is operator.getitem else []
+    if any(isinstance(c, (Attr, Apply)) and c.dtype in (torch.bool, torch.uint8) for c in indices):
+        return None  # a mask: its shape depends on data
+    samples.update({n: _sample(found[n]) for n in inputs if n not in samples})
+    large = any(isinstance(samples[n], Tensor) and samples[n].is_meta for n in inputs)
+
+    def sample(source: Node) -> Any:
+        """All operands have to be on one device."""
+        value = samples[source]
+        return value.to("meta") if large and isinstance(value, Tensor) else value
+
+    args, kwargs = map_arg((node.args, node.kwargs), sample)
+    if "device" in kwargs and not inputs:
         kwargs = {**kwargs, "device": "meta"}  # only its shape is asked for here
     try:
         if isinstance(function, str):
             result = getattr(args[0], function)(*args[1:], **kwargs)
         else:
             result = function(*args, **kwargs)
-        frozen = freeze(_replaced(node.args, found)).items
-        named = tuple((k, freeze(_replaced(v, found))) for k, v in node.kwargs.items())
+        fixed, fixed_by_name = map_arg((node.args, node.kwargs), found.__getitem__)
+        frozen, named = freeze(fixed).items, tuple((k, freeze(v)) for k, v in fixed_by_name.items())
         hash((frozen, named))
     except Exception:  # whatever cannot run without data is simply no constant
         return None
     if isinstance(result, Tensor):
         function = operator_name(function) if isinstance(function, OpOverload) else function  # which can be pickled
         found_here = Apply(function, frozen, named, tuple(result.shape), result.dtype)
-        samples[node] = result if node.all_input_nodes else _sample(found_here)
+        samples[node] = result if inputs else _sample(found_here)
         return found_here
     samples[node] = result
     return result if isinstance(result, (int, float, torch.Size, torch.dtype)) else None
-
-
-def _is_meta(sample: Any) -> bool:
-    return isinstance(sample, Tensor) and sample.is_meta
-
-
-def _moved(sample: Any, large: bool) -> Any:
-    return sample.to("meta") if large and isinstance(sample, Tensor) else sample
-
-
-def _is_mask(const: Any) -> bool:
-    return isinstance(const, (Attr, Apply)) and const.dtype in (torch.bool, torch.uint8)
 
 
 def _sample(const: Any) -> Any:
@@ -129,18 +123,4 @@ def _sample(const: Any) -> Any:
     if not isinstance(const, (Attr, Apply)):
         return const
     small = math.prod(const.shape) <= 4096  # real arithmetic on so few is faster than meta's
-    return (
-        torch.ones(const.shape, dtype=const.dtype)
-        if small
-        else torch.empty(const.shape, dtype=const.dtype, device="meta")
-    )
-
-
-def _replaced(value: Any, found: Mapping[Node, Any]) -> Any:
-    if isinstance(value, Node):
-        return found[value]
-    if isinstance(value, (list, tuple)):
-        return type(value)([_replaced(v, found) for v in value])
-    if isinstance(value, slice):
-        return slice(*(_replaced(v, found) for v in (value.start, value.stop, value.step)))
-    return value
+    return torch.ones(const.shape, dtype=const.dtype, device=None if small else "meta")

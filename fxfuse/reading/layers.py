@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch.fx import Node
 
@@ -20,6 +19,7 @@ from fxfuse.reading.affine import (
     layout,
     one_dtype,
     optional,
+    pad_pairs,
     tensor,
     unary,
 )
@@ -70,7 +70,7 @@ def _conv(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
         path=call.path or _owner(weight, node),
         consts=(("weight", weight), ("bias", bias), *frame),
     )
-    return unary(call, op)
+    return unary(data(call), op)
 
 
 def _owner(weight: Attr | Apply, node: Node) -> str:
@@ -87,37 +87,26 @@ def _computed_weight(call: Call) -> Refusal:
 
 
 def _linear(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
-    if isinstance(call.args["weight"], Node):
+    """A linear layer on the last axis; so is a product with a constant matrix [C, N] on the right."""
+    product = call.op == "mm"
+    if not product and isinstance(call.args["weight"], Node):
         return _computed_weight(call)
-    weight, bias = tensor(call, "weight", 2), optional(call, "bias")
-    return _matrix(call, node, "conv", weight, weight.shape, (("weight", weight), ("bias", bias)))
-
-
-def _product(call: Call, facts: Facts, node: Node) -> Affine:
-    """A product with a constant matrix [C, N] on the right is a linear layer."""
-    other = tensor(call, "other", 2)
-    return _matrix(call, node, "product", other, other.shape[::-1], (("weight", other),))
-
-
-def _matrix(
-    call: Call, node: Node, law: str, weight: Attr | Apply, shape: tuple[int, ...], consts: tuple[tuple[str, Any], ...]
-) -> Affine:
-    """A linear layer on the last axis, of outputs and inputs as in `shape`."""
-    if 0 in shape:
+    weight = tensor(call, "other" if product else "weight", 2)
+    bias = None if product else optional(call, "bias")
+    if 0 in weight.shape:
         raise Unknown
-    held = dict(consts)
     op = Operator(
         kind="conv",
-        law=law,
+        law="product" if product else "conv",
         spatial=0,
-        in_channels=shape[1],
-        out_channels=shape[0],
-        bias=held.get("bias") is not None,
-        dtype=one_dtype(*held.values()),
+        in_channels=weight.shape[0 if product else 1],
+        out_channels=weight.shape[1 if product else 0],
+        bias=bias is not None,
+        dtype=one_dtype(weight, bias),
         path=call.path or _owner(weight, node),
-        consts=consts,
+        consts=(("weight", weight),) if product else (("weight", weight), ("bias", bias)),
     )
-    return unary(call, op)
+    return unary(data(call), op)
 
 
 def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
@@ -149,7 +138,7 @@ def _batch_norm(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
         path=call.path or _owner(mean, node),
         consts=(("mean", mean), ("var", var), ("weight", weight), ("bias", bias), ("eps", call.args["eps"])),
     )
-    return unary(call, op, assumes)
+    return unary(data(call), op, assumes)
 
 
 def _avg_pool(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
@@ -168,31 +157,29 @@ def _avg_pool(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
     if channels is None:
         raise Unknown
     op = pointwise("pool", "pool", spatial, channels, path=call.path or node.name)
-    return unary(call, replace(op, kernel=kernel, stride=stride, padding=tuple((p, p) for p in padding)))
+    return unary(data(call), replace(op, kernel=kernel, stride=stride, padding=tuple((p, p) for p in padding)))
 
 
 def _pad(call: Call, facts: Facts, node: Node) -> Affine | None:
-    pad, value = call.args["pad"], call.args["value"]
+    pairs, value = pad_pairs(call.args["pad"]), call.args["value"]
     fact = facts[data(call)]
     spatial, assumes = layout(fact)
-    if not isinstance(pad, (tuple, list)) or spatial is None or not all(isinstance(p, int) and p >= 0 for p in pad):
+    if pairs is None or spatial is None or len(pairs) > spatial or not isinstance(value or 0, (int, float)):
         return None
-    pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]
     channels = fact.channels(spatial)
-    if len(pairs) > spatial or channels is None or not isinstance(value or 0, (int, float)):
+    if channels is None:
         return None
     padding = ((0, 0),) * (spatial - len(pairs)) + tuple(pairs)
     mode = {"constant": "zeros"}.get(call.args["mode"], call.args["mode"])
     op = pointwise("pad", "pad", spatial, channels, path=call.path or node.name)
-    return unary(call, replace(op, padding=padding, padding_mode=mode, pad_value=value or 0), assumes)
+    return unary(data(call), replace(op, padding=padding, padding_mode=mode, pad_value=value or 0), assumes)
 
 
-def _dropout(call: Call, facts: Facts, node: Node) -> Affine | None:
-    return unary(call, replace(IDENTITY, path=call.path or node.name)) if call.args["training"] is False else None
-
-
-def _identity(call: Call, facts: Facts, node: Node) -> Affine:
-    return unary(call, replace(IDENTITY, path=call.path or node.name))
+def _identity(call: Call, facts: Facts, node: Node) -> Affine | None:
+    """What gives its input; a dropout that may train is none."""
+    if call.args.get("training", False) is not False:
+        return None
+    return unary(data(call), replace(IDENTITY, path=call.path or node.name))
 
 
 def _deformable(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
@@ -205,14 +192,11 @@ def _deformable(call: Call, facts: Facts, node: Node) -> Affine | Refusal:
 
 
 LAYERS = {
-    "conv": _conv,
-    "conv_transpose": _conv,
-    "linear": _linear,
-    "mm": _product,
+    **dict.fromkeys(("conv", "conv_transpose"), _conv),
+    **dict.fromkeys(("linear", "mm"), _linear),
     "deform": _deformable,
     "batch_norm": _batch_norm,
     "avg_pool": _avg_pool,
     "pad": _pad,
-    "dropout": _dropout,
-    "identity": _identity,
+    **dict.fromkeys(("dropout", "identity"), _identity),
 }
