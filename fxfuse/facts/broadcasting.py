@@ -6,20 +6,18 @@ both ways, as `ranks` does for operations of one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch.fx import Node
 
-from fxfuse.facts.fact import Fact, fact_of, link, offset, same_rank, same_shape
+from fxfuse.facts.fact import Fact, Facts, fact_of, link, offset, same_rank, same_shape
 from fxfuse.ops.call import Call
-
-Facts = Mapping[Node, Fact]
 
 
 def _broadcast(call: Call, out: Fact, facts: Facts) -> None:
-    sides = [fact_of(call.args[n], facts) for n in ("input", "other")]
+    sides = [fact_of(call.args.get(n), facts) for n in ("condition", "input", "other")]
     known = [f for f in sides if f is not None and f.high > 0]
-    if len(known) == 1:  # the other is a number
+    if len(known) == 1:  # the others are numbers
         same_shape(known[0], out)
         return
     if len(known) < 2:
@@ -70,12 +68,6 @@ def _product(call: Call, out: Fact, facts: Facts) -> None:
         link(parts[-1], out, {-1: -1})
 
 
-def _where(call: Call, out: Fact, facts: Facts) -> None:
-    known = [f for n in ("condition", "input", "other") if (f := fact_of(call.args[n], facts)) is not None]
-    if known:
-        widest(out, known)
-
-
 def widest(out: Fact, parts: list[Fact]) -> None:
     """Parts that broadcast: the result has as many dims as the one that has most."""
     out.at_least(max(f.low for f in parts))
@@ -101,11 +93,10 @@ def _embedding(call: Call, out: Fact, facts: Facts) -> None:
 
 
 OF_SEVERAL: dict[str, Callable[[Call, Fact, Facts], None]] = {
-    **dict.fromkeys(("add", "sub", "mul", "div"), _broadcast),
+    **dict.fromkeys(("add", "sub", "mul", "div", "where"), _broadcast),
     "cat": _cat,
     **dict.fromkeys(("like", "expand_like"), _like),
     **dict.fromkeys(("matmul", "bmm", "attention"), _product),
-    "where": _where,
     "stack": _stack,
     "embedding": _embedding,
 }

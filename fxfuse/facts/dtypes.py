@@ -11,15 +11,14 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Graph, Node
 
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.facts.fact import known_dtype
 from fxfuse.names import is_aten, plain
-from fxfuse.ops.call import SEVERAL, Call
+from fxfuse.ops.call import SEVERAL, Call, Calls
 from fxfuse.ops.elementwise import CASTS, named
-from fxfuse.ops.modules import runs
+from fxfuse.ops.modules import Modules, runs
 
 # What keeps any dtype, and what keeps a floating one.
 _KEEPS = set(
@@ -33,11 +32,7 @@ _LAYER_MODULES = tuple(f"torch.nn.modules.{name}" for name in _LAYERS)
 
 
 def find_dtypes(
-    graph: Graph,
-    calls: Mapping[Node, Call],
-    shapings: Mapping[Node, Call],
-    modules: Mapping[str, nn.Module],
-    known: Mapping[Node, torch.dtype],
+    graph: Graph, calls: Calls, shapings: Calls, modules: Modules, known: Mapping[Node, torch.dtype]
 ) -> dict[Node, torch.dtype]:
     """Dtypes that hold for every input the model accepts, and `known` ones (from example inputs)."""
     found = {n: d for n in graph.nodes if (d := known_dtype(n)) is not None} | dict(known)
@@ -89,7 +84,7 @@ def _promote(node: Node, operands: Sequence[Any], found: dict[Node, torch.dtype]
         found[node] = result
 
 
-def _relate_other(node: Node, found: dict[Node, torch.dtype], modules: Mapping[str, nn.Module]) -> None:
+def _relate_other(node: Node, found: dict[Node, torch.dtype], modules: Modules) -> None:
     """Elementwise operations and layers without weights of their own keep a floating dtype."""
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):

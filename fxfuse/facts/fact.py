@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,12 +71,12 @@ class Fact:
         return dim - self.likely if isinstance(dim, int) and dim >= 0 and self.likely is not None else self.axis(dim)
 
 
+Facts = Mapping[Node, Fact]
+
+
 def known(node: Node) -> Fact:
     """What the capture itself is certain of; nothing unless it says so."""
-    if KNOWN not in node.meta:
-        return Fact()
-    sizes = node.meta[KNOWN][0]
-    return Fact(len(sizes), len(sizes), {i - len(sizes): n for i, n in enumerate(sizes) if n is not None})
+    return of_shape(node.meta[KNOWN][0]) if KNOWN in node.meta else Fact()
 
 
 def known_dtype(node: Node) -> torch.dtype | None:
@@ -85,8 +85,7 @@ def known_dtype(node: Node) -> torch.dtype | None:
 
 
 def same_rank(a: Fact, b: Fact) -> None:
-    a.low = b.low = max(a.low, b.low)
-    a.high = b.high = min(a.high, b.high)
+    offset(a, b, 0)
 
 
 def same_shape(a: Fact, b: Fact) -> None:
@@ -117,11 +116,11 @@ def link(x: Fact, out: Fact, axes: Mapping[int, int]) -> None:
             x.axes[i] = out.axes[o] = size
 
 
-def of_shape(shape: tuple[int, ...]) -> Fact:
-    return Fact(len(shape), len(shape), {i - len(shape): int(n) for i, n in enumerate(shape)})
+def of_shape(shape: Sequence[int | None]) -> Fact:
+    return Fact(len(shape), len(shape), {i - len(shape): int(n) for i, n in enumerate(shape) if n is not None})
 
 
-def fact_of(value: Any, facts: Mapping[Node, Fact]) -> Fact | None:
+def fact_of(value: Any, facts: Facts) -> Fact | None:
     """The fact of an argument: a node's, a constant's; None for a number."""
     if isinstance(value, Node):
         return facts[value]

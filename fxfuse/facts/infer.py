@@ -11,19 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Graph, Node
 
 from fxfuse.facts import ranks
 from fxfuse.facts.dtypes import find_dtypes
-from fxfuse.facts.fact import Fact, fact_of, known, known_axes, link, of_shape, offset, same_rank, same_shape
+from fxfuse.facts.fact import Fact, Facts, fact_of, known, known_axes, link, of_shape, offset, same_rank, same_shape
 from fxfuse.names import torch_name
-from fxfuse.ops.call import Call, piece_sizes
+from fxfuse.ops.call import Call, Calls, piece_sizes
 from fxfuse.ops.elementwise import elementwise
 from fxfuse.ops.index_lists import fixed, pick
+from fxfuse.ops.modules import Modules
 from fxfuse.ops.movement import pooled
-from fxfuse.ops.questions import rank_check
-from fxfuse.ops.value_kinds import is_number
+from fxfuse.ops.value_kinds import is_number, rank_check
 
 # layers, and which of their arguments tells how many channels they read and give
 _WEIGHTS = {**dict.fromkeys(("conv", "conv_transpose", "deform", "linear"), "weight"), "mm": "other"}
@@ -31,11 +30,7 @@ _WEIGHTS |= {"batch_norm": "running_mean"}
 
 
 def infer(
-    graph: Graph,
-    calls: Mapping[Node, Call],
-    shapings: Mapping[Node, Call],
-    modules: Mapping[str, nn.Module],
-    shapes: Mapping[Node, torch.Size],
+    graph: Graph, calls: Calls, shapings: Calls, modules: Modules, shapes: Mapping[Node, torch.Size]
 ) -> dict[Node, Fact]:
     """Facts of every node; `shapes` (from example inputs) are taken as they are."""
     nodes, numbers = list(graph.nodes), dict[Node, bool]()
@@ -62,9 +57,7 @@ def infer(
     return facts
 
 
-def shape_call(
-    node: Node, calls: Mapping[Node, Call], shapings: Mapping[Node, Call], modules: Mapping[str, nn.Module]
-) -> Call | None:
+def shape_call(node: Node, calls: Calls, shapings: Calls, modules: Modules) -> Call | None:
     """What tells the shape of a node: its call, or one that gives such a shape where it has none."""
     call = shapings.get(node) or calls.get(node)
     if call is not None and call.op != "refused":
@@ -76,7 +69,7 @@ def shape_call(
     return Call("avg_pool", {"input": source}, spatial) if spatial else None
 
 
-def _relate(call: Call, read: Mapping[Node, Call | None], out: Fact, facts: dict[Node, Fact]) -> None:
+def _relate(call: Call, read: Mapping[Node, Call | None], out: Fact, facts: Facts) -> None:
     source = call.args.get("input")
     if call.op in _WEIGHTS and isinstance(source, Node):
         _relate_layer(call, facts[source], out, fact_of(call.args[_WEIGHTS[call.op]], facts))
@@ -112,7 +105,7 @@ def _relate_layer(call: Call, x: Fact, out: Fact, weight: Fact | None) -> None:
             x.axes[-spatial - 1], out.axes[-spatial - 1] = pair
 
 
-def _relate_item(index: Any, pieces: Call | None, source: Node, out: Fact, facts: Mapping[Node, Fact]) -> None:
+def _relate_item(index: Any, pieces: Call | None, source: Node, out: Fact, facts: Facts) -> None:
     x, asked = facts[source], torch_name(source)
     if asked in ("chunk", "split", "tensor_split", "unbind"):
         tensor = next(iter(source.all_input_nodes), None)

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from fxfuse.facts.broadcasting import OF_SEVERAL, Facts
-from fxfuse.facts.fact import Fact, known_axes, link, offset, same_rank, same_shape
+from fxfuse.facts.broadcasting import OF_SEVERAL
+from fxfuse.facts.fact import Fact, Facts, known_axes, link, offset, same_rank, same_shape
 from fxfuse.ops.call import Call
 from fxfuse.ops.movement import ints_of
 
@@ -63,10 +63,6 @@ def _without(x: Fact, out: Fact, gone: set[int]) -> None:
     link(x, out, {a + sum(g > a for g in gone): a for a in known_axes(x, out) if a not in gone})
 
 
-def _same(call: Call, x: Fact, out: Fact) -> None:
-    same_shape(x, out)
-
-
 def _pool(call: Call, x: Fact, out: Fact) -> None:
     spatial = call.spatial or 0
     windows(x, out, spatial)
@@ -80,13 +76,9 @@ def _pad(call: Call, x: Fact, out: Fact) -> None:
         link(x, out, {a: a for a in known_axes(x, out) if a < -len(pad) // 2})
 
 
-def _narrow(call: Call, x: Fact, out: Fact) -> None:
+def _part(call: Call, x: Fact, out: Fact) -> None:
     same_rank(x, out)
-    part(call.args["dim"], call.args["length"], x, out)
-
-
-def _index_select(call: Call, x: Fact, out: Fact) -> None:
-    same_rank(x, out)
+    part(call.args["dim"], call.args.get("length"), x, out)
 
 
 def _layer_norm(call: Call, x: Fact, out: Fact) -> None:
@@ -204,10 +196,9 @@ def _squeeze(call: Call, x: Fact, out: Fact) -> None:
         return
     out.at_least(x.low - len(dims))
     axes = [x.axis(d) for d in dims]
-    sizes = [None if a is None else x.axes.get(a) for a in axes]
-    if None in sizes:
+    if not all(a in x.axes for a in axes):
         return
-    gone = {a for a, n in zip(axes, sizes, strict=True) if n == 1 and a is not None}
+    gone = {a for a in axes if a is not None and x.axes[a] == 1}
     x.at_least(-min(gone, default=0))
     offset(x, out, -len(gone))
     _without(x, out, gone)
@@ -233,17 +224,14 @@ def _interpolate(call: Call, x: Fact, out: Fact) -> None:
         link(x, out, {a: a for a in (-x.rank, 1 - x.rank)})
 
 
-def _select(call: Call, x: Fact, out: Fact) -> None:
-    x.at_least(1)
-    offset(x, out, -1)
-
-
+_UNCHANGED = "same cast dropout identity neg channel_shuffle flip".split()
 _OF_ONE: dict[str, Callable[[Call, Fact, Fact], None]] = {
-    **dict.fromkeys("same cast dropout identity neg channel_shuffle flip".split(), _same),
+    **dict.fromkeys(
+        "same cast dropout identity neg channel_shuffle flip".split(), lambda call, x, out: same_shape(x, out)
+    ),
     "avg_pool": _pool,
     "pad": _pad,
-    "narrow": _narrow,
-    "index_select": _index_select,
+    **dict.fromkeys(("narrow", "index_select"), _part),
     "layer_norm": _layer_norm,
     "flatten": _flatten,
     "unflatten": _unflatten,
@@ -254,7 +242,7 @@ _OF_ONE: dict[str, Callable[[Call, Fact, Fact], None]] = {
     "squeeze": _squeeze,
     "adaptive_avg_pool": _adaptive,
     "interpolate": _interpolate,
-    "select": _select,
+    "select": lambda call, x, out: offset(x, out, -1),
 }
 
 

@@ -7,36 +7,78 @@ Two axes are equal when the same product stands for both, for every input: `b, c
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
-from torch import nn
 from torch.fx import Graph, Node
 
-from fxfuse.facts.fact import Fact
+from fxfuse.facts.fact import Facts
 from fxfuse.facts.infer import shape_call
-from fxfuse.facts.products import ONE, Shape, Size, product
 from fxfuse.names import plain
-from fxfuse.ops.call import Call
+from fxfuse.ops.call import Call, Calls
 from fxfuse.ops.index_lists import fixed, pick
+from fxfuse.ops.modules import Modules
 from fxfuse.ops.movement import ints_of
-from fxfuse.ops.questions import SIZE, asks
+from fxfuse.ops.value_kinds import SIZE, asks
 
 LONG = 8  # unknowns in one product
 _SAME = {"batch_norm", "dropout", "identity", "neg", "channel_shuffle", "flip", "same", "cast", "layer_norm"}
 
 
+class Size(NamedTuple):
+    """`factor` times the product of `unknowns` (sorted, repeats allowed)."""
+
+    factor: int
+    unknowns: tuple[str, ...] = ()
+
+    def __mul__(self, other: Any) -> Size:
+        return Size(self.factor * other.factor, tuple(sorted((*self.unknowns, *other.unknowns))))
+
+    def over(self, other: Size) -> Size | None:
+        """The quotient where it is a product too. Nobody divides by a size that is 0."""
+        left = list(self.unknowns)
+        for name in other.unknowns:
+            if name not in left:
+                return None
+            left.remove(name)
+        whole = other.factor and self.factor % other.factor == 0
+        return Size(self.factor // other.factor, tuple(left)) if whole else None
+
+
+Shape = tuple[Size, ...]
+ONE = Size(1)
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    return reduce(operator.mul, sizes, ONE)
+
+
+def kept_axes(before: Shape, after: Shape) -> dict[int, int]:
+    """Axes of `after` that are axes of `before`, counted from the end: a reshape leaves each as it is.
+
+    An element's index along an axis is (place // product of the sizes behind) % size, and its place in row-major
+    order stays; equal products in front are as good, for the products of all sizes are equal.
+    """
+    olds, news = _places(before), _places(after)
+    kept = {}
+    for o, (size, front, back) in enumerate(news):
+        for i, (old, before_it, behind_it) in enumerate(olds):
+            if old == size and (before_it == front or behind_it == back):
+                kept[o - len(after)] = i - len(before)
+                break
+    return kept
+
+
+def _places(shape: Shape) -> list[tuple[Size, Size, Size]]:
+    """Each size with the products of those in front of it and behind it."""
+    return [(s, product(shape[:i]), product(shape[i + 1 :])) for i, s in enumerate(shape)]
+
+
 class Dims:
     """Shapes of tensors and values of sizes, in one pass over the graph."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        calls: Mapping[Node, Call],
-        shapings: Mapping[Node, Call],
-        facts: Mapping[Node, Fact],
-        modules: Mapping[str, nn.Module],
-    ) -> None:
+    def __init__(self, graph: Graph, calls: Calls, shapings: Calls, facts: Facts, modules: Modules) -> None:
         self.facts = facts
         self.shapes: dict[Node, Shape] = {}
         self.values: dict[Node, Any] = {}
@@ -166,18 +208,12 @@ class Dims:
 
     def _broadcast(self, operands: list[Any], rank: int) -> list[Size | None] | None:
         """Sizes on which all operands agree; a number or an axis of length 1 leaves it to the others."""
-        known = []
-        for operand in operands:
-            if isinstance(operand, Node):
-                shape = self.of(operand)
-                if shape is None:
-                    return None
-                known.append(shape)
-            elif (sizes := getattr(operand, "shape", None)) is not None:
-                known.append(tuple(Size(n) for n in sizes))
+        known = [self.of(o) if isinstance(o, Node) else tuple(map(Size, getattr(o, "shape", ()))) for o in operands]
+        if None in known:
+            return None
         axes: list[Size | None] = []
         for axis in range(-rank, 0):
-            found = {s[axis] for s in known if -axis <= len(s)} - {ONE}
+            found = {s[axis] for s in known if s is not None and -axis <= len(s)} - {ONE}
             axes.append(None if len(found) > 1 else found.pop() if found else ONE)
         return axes
 

@@ -7,7 +7,8 @@ it came from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from torch.fx import Node
 
 from fxfuse.names import is_aten, plain
 from fxfuse.ops.call import FUNCTIONS, Call
+from fxfuse.ops.index_lists import fixed
 from fxfuse.ops.modules import TYPES
 from fxfuse.ops.schema import bound
 
@@ -29,8 +31,6 @@ OPERATORS: dict[str, tuple[str, int | None]] = {
     "_native_batch_norm_legit_no_training": ("batch_norm_outputs", None),
 }
 _RENAMED = {"self": "input", "mat2": "other", "train": "training", "split_sizes": "split_size"}
-_MODES = {"reflection": "reflect", "replication": "replicate"}
-_PADS = {f"{name}_pad{d}d": mode for d in (1, 2, 3) for name, mode in _MODES.items()}
 
 
 def read(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
@@ -48,8 +48,6 @@ def read(node: Node, modules: Mapping[str, nn.Module]) -> Call | None:
         return Call(op, args, spatial, path, inplace)
     special = _SPECIAL.get(name)
     call = special(args) if special else None
-    if name in _PADS:
-        call = Call("pad", {"input": args["input"], "pad": args["padding"], "mode": _PADS[name], "value": None})
     return None if call is None else Call(call.op, call.args, call.spatial, path, inplace)
 
 
@@ -86,8 +84,7 @@ def _read(node: Node) -> Any:
 
 def whole_slice(node: Node) -> bool:
     """Whether an ATen operator is a slice of everything, which is the tensor itself."""
-    values = bound(node) if plain(node.target) == "slice" else None
-    return values is not None and _cut(values) == slice(None)
+    return plain(node.target) == "slice" and _cut(bound(node)) == slice(None)
 
 
 def _assignment(node: Node, args: dict[str, Any]) -> Call | None:
@@ -96,7 +93,7 @@ def _assignment(node: Node, args: dict[str, Any]) -> Call | None:
     chain = views(args["input"])
     for view in chain:
         values = bound(view) if plain(view.target) == "slice" else None
-        cut = None if values is None else _cut(values)
+        cut = _cut(values)
         if values is None or cut == slice(None):
             continue
         if cut is None or not isinstance(values["dim"], int) or values["dim"] < 0 or values["dim"] in cuts:
@@ -111,13 +108,12 @@ def _assignment(node: Node, args: dict[str, Any]) -> Call | None:
     return Call("setitem", {"input": _read(chain[-1]), "index": index, "value": value}, inplace=True)
 
 
-def _cut(args: Mapping[str, Any]) -> slice | None:
+def _cut(args: Mapping[str, Any] | None) -> slice | None:
     """The Python slice of an `aten.slice`; None where a bound is only known when the model runs."""
-    bounds = (args["start"], args["end"], args["step"])
-    if not all(b is None or isinstance(b, int) for b in bounds):
+    if args is None or not fixed(slice(args["start"], args["end"], args["step"])):
         return None
-    start, end, step = bounds
-    return slice(start or None, None if end == END else end, None if step == 1 else step)
+    end, step = args["end"], args["step"]
+    return slice(args["start"] or None, None if end == END else end, None if step == 1 else step)
 
 
 def _slice(args: dict[str, Any]) -> Call | None:
@@ -140,8 +136,9 @@ def _reversed_sub(args: dict[str, Any]) -> Call:
     return Call("sub", args | {"input": args["other"], "other": args["input"]})
 
 
-def _constant_pad(args: dict[str, Any]) -> Call:
-    return Call("pad", args | {"mode": "constant"})
+def _pad(args: dict[str, Any], mode: str) -> Call:
+    amounts = args["pad" if mode == "constant" else "padding"]
+    return Call("pad", {"input": args["input"], "pad": amounts, "mode": mode, "value": args.get("value")})
 
 
 def _addmm(args: dict[str, Any]) -> Call | None:
@@ -164,11 +161,13 @@ def _untransposed(value: Any) -> Node | None:
     return args["self"] if swaps else None
 
 
-_SPECIAL = {
+_SPECIAL: dict[str, Callable[[dict[str, Any]], Call | None]] = {
     "slice": _slice,
     "convolution": _convolution,
     "_convolution": _convolution,
     "rsub": _reversed_sub,
-    "constant_pad_nd": _constant_pad,
+    "constant_pad_nd": partial(_pad, mode="constant"),
+    **{f"reflection_pad{d}d": partial(_pad, mode="reflect") for d in (1, 2, 3)},
+    **{f"replication_pad{d}d": partial(_pad, mode="replicate") for d in (1, 2, 3)},
     "addmm": _addmm,
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx import Node
 
 from fxfuse.refusal import Refusal
 
@@ -29,6 +30,8 @@ class Call:
     inplace: bool = False
     refusal: Refusal | None = None
 
+
+Calls = Mapping[Node, Call]
 
 # Other names under which PyTorch takes the same arguments.
 _ALSO = {"axis": "dim", "keepdims": "keepdim", "mat2": "other"}
@@ -71,6 +74,13 @@ def piece_sizes(call: Call, whole: int | None) -> Sequence[Any] | None:
         size = -(-whole // sizes) if call.op == "chunk" else sizes
         return [min(size, whole - i) for i in range(0, whole, size)]
     return sizes if isinstance(sizes, (list, tuple)) else None
+
+
+def pad_pairs(pad: Any) -> list[tuple[int, int]] | None:
+    """(low, high) of each dim in order, of what `F.pad` takes; None where it is not known, or cuts."""
+    if not isinstance(pad, (tuple, list)) or not all(isinstance(p, int) and p >= 0 for p in pad):
+        return None
+    return list(zip(pad[::2], pad[1::2], strict=True))[::-1]
 
 
 _CONV = "input weight bias=None stride=1 padding=0"

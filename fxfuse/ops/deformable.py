@@ -17,7 +17,6 @@ from torch.fx import Node
 from fxfuse.names import plain
 from fxfuse.ops.call import Call, signature
 
-NAME = "deform_conv2d"
 _HOME = "torchvision.ops.deform_conv"
 _FUNCTION = signature("deform", "input offset weight bias=None stride=1 padding=0 dilation=1 mask=None", 2)
 _LAYER = signature("deform", "input offset mask=None", 2)
@@ -32,7 +31,7 @@ def is_deformable(module: nn.Module) -> bool:
 
 def read(node: Node) -> Call | None:
     """The call behind torchvision's function, or behind the operator that torch.compile and torch.export make of it."""
-    if plain(node.target) != NAME:
+    if plain(node.target) != "deform_conv2d":
         return None
     if isinstance(node.target, (OpOverload, OpOverloadPacket)):  # its last arguments: groups, offset groups, masked
         if len(node.args) != 14 or node.kwargs:

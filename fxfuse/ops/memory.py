@@ -22,9 +22,8 @@ from fxfuse.ops.value_kinds import is_number
 
 _NAMES = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 INPLACE = {n: getattr(operator, f"i{n}") for n in _NAMES}
-_INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and n[1:] in dir(operator)}
-_INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
-_INPLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
+_WRITE_FIRST = {*INPLACE.values(), operator.imatmul, operator.iconcat, operator.setitem, operator.delitem}
+_WRITE_FIRST |= {"__setitem__", "__iadd__", "__imul__"}
 # What gives a tensor of its own beside `ELEMENTWISE` functions and pools: canonical operations, and other names.
 _FRESH_CALLS = set(
     "conv conv_transpose linear batch_norm avg_pool add sub mul div neg cat pad flip index_select mm deform matmul bmm "
@@ -47,11 +46,10 @@ def written(node: Node, call: Call | None, modules: Mapping[str, nn.Module]) -> 
         return [v for n in ("running_mean", "running_var") if isinstance(v := call.args[n], Node)]
     out = node.kwargs.get("out")
     if out is not None:
-        return [n for n in node.all_input_nodes if n is out or (isinstance(out, (tuple, list)) and n in out)]
+        return schema.nodes([out])
     if (call is not None and call.inplace) or _writes_first(node, modules):
         first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        several = first if isinstance(first, (list, tuple)) else [first]  # torch._foreach_add_ writes a list
-        return [n for n in several if isinstance(n, Node)]
+        return schema.nodes([first])  # torch._foreach_add_ writes a list
     if node.op == "call_module" and not _known(modules[str(node.target)]):
         return node.all_input_nodes
     normalizes = call is None and torch_name(node) in ("batch_norm", "instance_norm", "native_batch_norm")
@@ -75,14 +73,12 @@ def own_writes(module: nn.Module) -> list[Tensor]:
 def _writes_first(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return False
     name = plain(node.target)
-    written = node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return written or bool(_inplace_argument(node))
+    if node.target in _WRITE_FIRST or (name.endswith("_") and not name.endswith("__")):
+        return True
+    return node.op == "call_function" and bool(_inplace_argument(node))
 
 
 def _inplace_argument(node: Node) -> Any:

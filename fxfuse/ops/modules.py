@@ -7,6 +7,7 @@ its class says, and nobody may believe it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from fxfuse.framed import FRAMED
 from fxfuse.ops.deformable import is_deformable
 
+Modules = Mapping[str, nn.Module]  # by their paths
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CONVS: dict[type[nn.Module], int] = {
     **{layer: spatial for spatial, layer in FRAMED.items()},
@@ -23,17 +25,9 @@ CONVS: dict[type[nn.Module], int] = {
 NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
 POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-PADS = {
-    getattr(nn, f"{name}Pad{d}d"): mode
-    for d in (1, 2, 3)
-    for name, mode in (
-        ("Constant", "constant"),
-        ("Zero", "constant"),
-        ("Reflection", "reflect"),
-        ("Replication", "replicate"),
-        ("Circular", "circular"),
-    )
-}
+_MODES = {"Constant": "constant", "Zero": "constant", "Reflection": "reflect", "Replication": "replicate"}
+_MODES |= {"Circular": "circular"}
+PADS = {getattr(nn, f"{name}Pad{d}d"): mode for name, mode in _MODES.items() for d in (1, 2, 3)}
 TYPES = (*CONVS, *NORMS, *POOLS, *DROPOUTS, *PADS, nn.Linear, nn.Identity, nn.ChannelShuffle)
 # What a subclass may define and still compute what its base does.
 _HARMLESS = set(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from fxfuse.names import operator_name, plain
 from fxfuse.ops.elementwise import ELEMENTWISE
@@ -44,7 +46,7 @@ def written(node: Node) -> list[Node]:
     names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if values.get("training", values.get("use_input_stats", False)) is not False:
         names += ["running_mean", "running_var"]
-    return [n for name in names for n in _nodes(values.get(name))]
+    return nodes(values.get(n) for n in names)
 
 
 def shared(node: Node) -> list[Node]:
@@ -55,7 +57,7 @@ def shared(node: Node) -> list[Node]:
         return []
     names = [a.name for a in schema.arguments if a.alias_info is not None]
     if values is not None and names:
-        return [n for name in names for n in _nodes(values[name])]
+        return nodes(values[n] for n in names)
     name = plain(node.target)
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(operator_name(node.target), "CompositeImplicitAutograd")
     return node.all_input_nodes if name in _SHARES or (composite and not _fresh(name)) else []
@@ -73,7 +75,6 @@ def pure(node: Node) -> bool:
     return op.namespace == "aten" and not op._schema.is_mutable and impure.isdisjoint(op.tags)
 
 
-def _nodes(value: Any) -> list[Node]:
-    if isinstance(value, (list, tuple)):
-        return [n for v in value for n in _nodes(v)]
-    return [value] if isinstance(value, Node) else []
+def nodes(values: Iterable[Any]) -> list[Node]:
+    """The nodes among values and in the lists among them."""
+    return [n for n in tree_leaves(list(values)) if isinstance(n, Node)]

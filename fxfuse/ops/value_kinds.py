@@ -1,4 +1,7 @@
-"""What kind of value a traced node gives, as far as its operation alone decides it."""
+"""What kind of value a traced node gives, and what it asks of a tensor when it reads no data but rank, dtype or sizes.
+
+Both as far as its operation alone decides it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from torch import nn
 from torch.fx import Node, Proxy
 
-from fxfuse.names import torch_name
+from fxfuse.names import is_aten, plain, torch_name
 from fxfuse.ops.elementwise import named
 from fxfuse.ops.modules import runs
 
@@ -35,11 +38,15 @@ _ARITHMETIC |= {getattr(operator, n) for n in "iadd isub imul itruediv".split()}
 _KEEPS_INT = {getattr(operator, n) for n in "add sub mul floordiv mod neg".split()} | {builtins.max, builtins.min}
 
 
-def is_number(node: Any, known: dict[Node, bool] | None = None) -> bool:
-    """Whether a node gives a Python number or tuple, so that `+=` makes a new one and writes nothing.
+SIZE = ("size", "sym_size")
+_ASKED = dict.fromkeys(("dim", "ndim", "ndimension"), "rank")
+_ASKED |= dict.fromkeys(("dtype", "device", "is_cuda", "is_floating_point", "is_complex"), "dtype")
+_ASKED |= dict.fromkeys(("shape", "size", "numel"), "shape")
+_ASKED |= dict.fromkeys(("sym_size", "sym_numel", "sym_stride", "sym_storage_offset"), "shape")
 
-    `known` keeps the answers for nodes of one graph.
-    """
+
+def is_number(node: Any, known: dict[Node, bool] | None = None) -> bool:
+    """Whether a node gives a Python number or tuple, so that `+=` makes a new one and writes nothing."""
     if not isinstance(node, Node):
         return isinstance(node, (int, float, str, slice, tuple, list))
     return settled(node, {} if known is None else known, _numbers_in, all)
@@ -127,6 +134,50 @@ def number_type(node: Node) -> type | None:
     if node.target is operator.truediv and kinds <= {int, float}:
         return float
     return int if node.target in _KEEPS_INT and kinds == {int} else None
+
+
+def shape_reader(node: Node) -> str | None:
+    """What a node asks of its input when it reads no data: "rank", "dtype", "shape" or None."""
+    return _ASKED.get(str(node.args[1]) if node.target is getattr else torch_name(node))
+
+
+def asks_size(user: Node, node: Node) -> bool:
+    """Whether `user` reads nothing but the size of `node`."""
+    if shape_reader(user) == "shape":
+        return True
+    method = user.op == "call_method" or is_aten(user)
+    like = method and plain(user.target) in ("reshape_as", "view_as", "expand_as")
+    return like and len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
+
+
+def rank_check(node: Node) -> tuple[Node, int] | None:
+    """(tensor, rank) of `assert x.ndim == rank`, also spelled `x.dim() == rank`; None for any other node."""
+    if node.op != "call_function" or plain(node.target) != "_assert":
+        return None
+    condition = node.args[0] if node.args else None
+    if not isinstance(condition, Node) or condition.target is not operator.eq:
+        return None
+    asked, rank = condition.args[:2]
+    tensor = asked.args[0] if isinstance(asked, Node) and shape_reader(asked) == "rank" else None
+    return (tensor, rank) if isinstance(tensor, Node) and isinstance(rank, int) else None
+
+
+def asks(node: Node, known: dict[Node, bool] | None = None) -> bool:
+    """Whether a node asks for a shape, or computes with one."""
+    return settled(node, {} if known is None else known, _asks, any)
+
+
+def _asks(node: Node) -> bool | list[Node]:
+    if node.op == "call_method":
+        return node.target == "size"
+    if is_aten(node):
+        return plain(node.target) in SIZE
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    computes = node.target in (operator.getitem, operator.mul, operator.floordiv, operator.add)
+    return [a for a in node.args if isinstance(a, Node)] if computes else False
 
 
 @contextmanager

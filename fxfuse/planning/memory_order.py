@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.facts.products import ONE, product
+from fxfuse.facts.sizes import ONE, product
 
 ROWS = "row-major"
 LAYER = "row-major or channels last"  # as convolutions and pools give it

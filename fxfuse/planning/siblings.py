@@ -20,7 +20,7 @@ from torch.fx import Node
 from fxfuse.algebra.constants import Attr
 from fxfuse.algebra.operator import Operator, sources
 from fxfuse.cost import CostFunction
-from fxfuse.ops.activations import Activation, read
+from fxfuse.ops.elementwise import Activation, read_activation
 from fxfuse.pattern import Selection
 from fxfuse.planning.overwritten import overwritten
 from fxfuse.planning.regions import Step, part_nodes
@@ -88,7 +88,7 @@ class Gather:
         """The activation that alone reads the layer's output."""
         users = list(fuse.exit.users)
         alone = fuse.pool is None and len(users) == 1 and users[0] not in self.regions
-        found = read(users[0], self.view.captured.modules) if alone else None
+        found = read_activation(users[0], self.view.captured.modules) if alone else None
         return (None if found is None else users[0]), found
 
     def _groups(self, members: list[_Member]) -> list[Siblings]:

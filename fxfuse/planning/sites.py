@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.ops.activations import Activation
+from fxfuse.ops.elementwise import Activation
 from fxfuse.planning.regions import Join, Step, exit_of, part_nodes
 from fxfuse.refusal import Refusal
 

@@ -19,7 +19,7 @@ from fxfuse.names import is_aten, plain, torch_name
 from fxfuse.ops import schema
 from fxfuse.ops.memory import fresh
 from fxfuse.ops.modules import runs
-from fxfuse.ops.questions import shape_reader
+from fxfuse.ops.value_kinds import shape_reader
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import IDENTITY, Operator
 from fxfuse.facts.fact import Fact
 from fxfuse.ops.call import Call
+from fxfuse.ops.movement import ints_of
 
 PASS_EXAMPLES = "pass example_inputs to optimize, they settle the rank"
-Facts = Mapping[Node, Fact]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,8 @@ class Unknown(Exception):
     """An argument is not known before the model runs: the node stays opaque."""
 
 
-def data(call: Call, name: str = "input") -> Node:
-    value = call.args[name]
+def data(call: Call) -> Node:
+    value = call.args["input"]
     if not isinstance(value, Node):
         raise Unknown
     return value
@@ -60,9 +59,9 @@ def optional(call: Call, name: str) -> Attr | Apply | None:
 
 
 def ints(value: Any, count: int) -> tuple[int, ...]:
-    items = (value,) * count if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    items = ints_of(value) or ()
     items = items * count if len(items) == 1 else items
-    if len(items) != count or not all(isinstance(i, int) for i in items):
+    if len(items) != count:
         raise Unknown
     return items
 
@@ -81,13 +80,6 @@ def unary(source: Node, op: Operator, assumes: int | None = None, width: int | N
 def wide_axes(const: Attr | Apply) -> list[int]:
     """The axes, from the end, along which a constant may vary."""
     return [i - len(const.shape) for i, n in enumerate(const.shape) if n != 1]
-
-
-def pad_pairs(pad: Any) -> list[tuple[int, int]] | None:
-    """(low, high) of each dim in order, of what `F.pad` takes; None where it is not known, or cuts."""
-    if not isinstance(pad, (tuple, list)) or not all(isinstance(p, int) and p >= 0 for p in pad):
-        return None
-    return list(zip(pad[::2], pad[1::2], strict=True))[::-1]
 
 
 def layout(fact: Fact, spatial: int | None = None) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import IDENTITY, pointwise, shuffled
+from fxfuse.facts.fact import Facts
 from fxfuse.names import torch_name
 from fxfuse.ops.call import PIECES, Call, piece_sizes
 from fxfuse.ops.index_lists import fixed, pick
@@ -19,7 +20,6 @@ from fxfuse.ops.spellings import read
 from fxfuse.reading.affine import (
     PASS_EXAMPLES,
     Affine,
-    Facts,
     Unknown,
     axis_layout,
     data,
@@ -30,11 +30,12 @@ from fxfuse.reading.affine import (
 )
 from fxfuse.refusal import Refusal
 
+Reads = Callable[[int], Sequence[int] | None]  # which channels are taken of how many
 PASS_DTYPE = "pass example_inputs to optimize, they settle the dtype"
 
 
 def _arithmetic(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:
-    left, right = call.args["input"], call.args["other"]
+    left, right = call.args["input"], call.args.get("other", -1)  # neg has no other
     alpha = call.args.get("alpha", 1)
     if not isinstance(alpha, (int, float)) or call.args.get("rounding_mode") is not None:
         return None
@@ -46,7 +47,7 @@ def _arithmetic(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None
             return Refusal(f"a {'product' if call.op == 'mul' else 'quotient'} of two computed tensors is not linear")
         return Affine("sum", ((left, 1.0), (right, float(sign))))
     if isinstance(left, Node):
-        number = {"mul": (right, 0), "div": (right, 0)}.get(call.op, (1, right))
+        number = (right, 0) if call.op in ("mul", "div", "neg") else (1, right)
         return _scaled(left, number, sign, call.op == "div", facts, node)
     if isinstance(right, Node) and call.op in ("add", "sub", "mul"):
         number = (left, 0) if call.op == "mul" else (sign, left)
@@ -102,10 +103,6 @@ def _scaled(
     return unary(source, op, assumes, None if certain else width)
 
 
-def _neg(call: Call, facts: Facts, node: Node) -> Affine | Refusal | None:
-    return _scaled(data(call), (-1, 0), 1, False, facts, node)
-
-
 def _cat(call: Call, facts: Facts, node: Node) -> Affine:
     tensors = call.args["tensors"]
     if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Node) for t in tensors):
@@ -116,14 +113,7 @@ def _cat(call: Call, facts: Facts, node: Node) -> Affine:
     return Affine("concat", tuple((t, 1.0) for t in tensors), spatial=spatial, assumes=assumes)
 
 
-def _selected(
-    source: Node,
-    dim: Any,
-    reads: Callable[[int], Sequence[int] | None],
-    facts: Facts,
-    node: Node,
-    channels: int | None = None,
-) -> Affine:
+def _selected(source: Node, dim: Any, reads: Reads, facts: Facts, node: Node, channels: int | None = None) -> Affine:
     """The channels of `source`, counted along `dim`, that `reads` tells by their number: a fact, or else `channels`."""
     spatial, assumes = axis_layout(facts[source], dim)
     sure = facts[source].channels(spatial)
@@ -165,14 +155,9 @@ def _piece(chunks: Node, index: int, facts: Facts, node: Node) -> Affine:
 
     def reads(channels: int) -> range | None:
         sizes = piece_sizes(call, channels) or ()
-        if (
-            not all(isinstance(s, int) for s in sizes)
-            or sum(sizes) != channels
-            or not -len(sizes) <= index < len(sizes)
-        ):
-            return None
-        start = sum(sizes[: index % len(sizes)])
-        return range(start, start + sizes[index])
+        whole = all(isinstance(s, int) for s in sizes) and sum(sizes) == channels
+        start = sum(sizes[: index % len(sizes)]) if whole and -len(sizes) <= index < len(sizes) else None
+        return None if start is None else range(start, start + sizes[index])
 
     return _selected(source, dim, reads, facts, node, sum(given) if known else None)
 
@@ -198,8 +183,7 @@ def _channel_shuffle(call: Call, facts: Facts, node: Node) -> Affine:
 
 
 ARITHMETIC = {
-    **dict.fromkeys(("add", "sub", "mul", "div"), _arithmetic),
-    "neg": _neg,
+    **dict.fromkeys(("add", "sub", "mul", "div", "neg"), _arithmetic),
     "cat": _cat,
     "getitem": _getitem,
     "narrow": _narrow,

@@ -6,17 +6,17 @@ and one slice assignment a side. Together they are one padding with a per-channe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr
-from fxfuse.facts.fact import Fact
+from fxfuse.facts.fact import Facts
 from fxfuse.ops.aten import views
-from fxfuse.ops.call import Call
-from fxfuse.reading.affine import pad_pairs, wide_axes
+from fxfuse.ops.call import Calls, pad_pairs
+from fxfuse.reading.affine import wide_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,51 +28,35 @@ class Fill:
     slices: tuple[Node, ...] = ()
 
 
-def border_fills(
-    calls: Mapping[Node, Call], facts: Mapping[Node, Fact], position: Mapping[Node, int]
-) -> dict[Node, Fill]:
+def border_fills(calls: Calls, facts: Facts, position: Mapping[Node, int]) -> dict[Node, Fill]:
     """Zero paddings by node whose whole border is assigned one value before anybody reads them."""
     written: dict[Node, list[Node]] = {}
     for node, call in calls.items():
         if call.op == "setitem" and isinstance(call.args["input"], Node):
             written.setdefault(call.args["input"], []).append(node)
-    fills = {}
-    for pad, writes in written.items():
-        padding = calls.get(pad)
-        if padding is not None and padding.op == "pad":
-            slices = dict.fromkeys(v for w in writes for v in views(w.args[0]))
-            value = _filled(pad, padding, facts[pad], {w: calls[w] for w in writes}, slices, position)
-            if value is not None:
-                fills[pad] = Fill(value, tuple(writes), tuple(slices))
-    return fills
+    fills = {pad: _filled(pad, writes, calls, facts, position) for pad, writes in written.items()}
+    return {pad: fill for pad, fill in fills.items() if fill is not None}
 
 
-def _filled(
-    pad: Node,
-    call: Call,
-    fact: Fact,
-    writes: Mapping[Node, Call],
-    slices: Collection[Node],
-    position: Mapping[Node, int],
-) -> Any:
-    pairs = pad_pairs(call.args["pad"])
-    if call.args["mode"] != "constant" or pairs is None or fact.rank != len(pairs) + 2:
+def _filled(pad: Node, writes: list[Node], calls: Calls, facts: Facts, position: Mapping[Node, int]) -> Fill | None:
+    call = calls.get(pad)
+    if call is None or call.op != "pad" or call.args["mode"] != "constant":
         return None
-    values = [w.args["value"] for w in writes.values()]
+    pairs = pad_pairs(call.args["pad"])
+    if pairs is None or facts[pad].rank != len(pairs) + 2:
+        return None
+    values = [calls[w].args["value"] for w in writes]
     if not all(isinstance(v, (Attr, Apply, int, float)) for v in values) or len(set(values)) != 1:
         return None
-    value = values[0]
-    sides = {s for w in writes.values() if (s := _side(w.args["index"], pairs)) is not None}
+    sides = {_side(calls[w].args["index"], pairs) for w in writes}
     wanted = {(d, end) for d, pair in enumerate(pairs) for end in (0, 1) if pair[end]}
-    if sides != wanted or len(writes) != len(wanted) or not _per_channel(value, len(pairs)):
+    if sides != wanted or len(writes) != len(wanted) or not _per_channel(values[0], len(pairs)):
         return None
-    own = {*writes, *slices}
-    if any(u not in own for s in slices for u in s.users):
+    slices = dict.fromkeys(v for w in writes for v in views(w.args[0]))
+    own, last = {*writes, *slices}, max(position[w] for w in writes)
+    if any(u not in own for s in slices for u in s.users) or any(position[u] < last for u in {*pad.users} - own):
         return None
-    readers = [position[u] for u in pad.users if u not in own]
-    if readers and min(readers) < max(position[w] for w in writes):
-        return None
-    return value
+    return Fill(values[0], tuple(writes), tuple(slices))
 
 
 def _side(index: Any, pairs: list[tuple[int, int]]) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from fxfuse.names import plain
 from fxfuse.ops import memory
 from fxfuse.ops.call import Call
 from fxfuse.ops.memory import storage
-from fxfuse.ops.questions import asks
+from fxfuse.ops.value_kinds import asks
 
 _BY_STRIDES = ("flatten", "reshape", "reshape_as", "contiguous")  # a view or a copy, as the strides allow
 _OVERLAPPING = ("unfold", "as_strided")  # views that hold one number at several places
@@ -42,9 +42,8 @@ class Effects:
             for source in (*targets, *memory.shared(node, targets, calls.get(node), modules)):
                 self.classes.union(node, source)
         self._members: dict[Node, list[Node]] = {}
-        if self.writes:
-            for node in graph.nodes:
-                self._members.setdefault(self.classes[node], []).append(node)
+        for node in graph.nodes if self.writes else ():
+            self._members.setdefault(self.classes[node], []).append(node)
 
     def forget(self, nodes: Iterable[Node]) -> None:
         """Leave these writers out: the view has read them as something that is no write."""
@@ -55,13 +54,7 @@ class Effects:
         """Paths of parameters and buffers that the forward itself may change, each by all its names."""
         if not self.writes and not self._own_writes:
             return set()
-        paths = {
-            str(n.target)
-            for targets in self.writes.values()
-            for t in targets
-            for n in self._members[self.classes[t]]
-            if n.op == "get_attr"
-        }
+        paths = {str(n.target) for n in self.written() if n.op == "get_attr"}
         root = self._modules[""]
         state = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
         written = {storage(t) for p, t in state if p in paths} | {storage(t) for t in self._own_writes}

@@ -36,8 +36,7 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
     No weight is read: shapes and dtypes are found on stand-ins. What is random, written in place
     or needs data to have a shape is no constant.
     """
-    written = effects.written() if effects.writes else set()
-    paths = effects.written_attributes()
+    written, paths = effects.written(), effects.written_attributes()
     found: dict[Node, Any] = {}
     samples: dict[Node, Any] = {}
     for node in graph.nodes:
@@ -51,10 +50,9 @@ def find_constants(graph: Graph, root: nn.Module, extra: Mapping[str, Tensor], e
         elif node.op in ("call_function", "call_method"):
             inputs = node.all_input_nodes
             factory = not inputs and isinstance(node.target, OpOverload)  # torch.zeros and the like
-            if (inputs or factory) and all(n in found for n in inputs) and _pure(node):
-                value = _apply(node, found, samples)
-                if value is not None:
-                    found[node] = value
+            fixed = (inputs or factory) and all(n in found for n in inputs) and _pure(node)
+            if fixed and (value := _apply(node, found, samples)) is not None:
+                found[node] = value
     return found
 
 

@@ -8,21 +8,9 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Apply, Attr, leaves
 from fxfuse.algebra.operator import IDENTITY, Operator, pointwise
-from fxfuse.ops.call import Call
-from fxfuse.reading.affine import (
-    PASS_EXAMPLES,
-    Affine,
-    Facts,
-    Unknown,
-    data,
-    ints,
-    layout,
-    one_dtype,
-    optional,
-    pad_pairs,
-    tensor,
-    unary,
-)
+from fxfuse.facts.fact import Facts
+from fxfuse.ops.call import Call, pad_pairs
+from fxfuse.reading.affine import PASS_EXAMPLES, Affine, Unknown, data, ints, layout, one_dtype, optional, tensor, unary
 from fxfuse.refusal import Refusal
 
 

@@ -17,7 +17,7 @@ from fxfuse.capture.captured import Captured, Shapes
 from fxfuse.facts.fact import Fact
 from fxfuse.facts.sizes import Dims
 from fxfuse.ops.call import SEVERAL, Call
-from fxfuse.ops.questions import asks_size, shape_reader
+from fxfuse.ops.value_kinds import asks_size, shape_reader
 from fxfuse.reading.affine import Affine
 from fxfuse.reading.effects import Effects
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.operator import Ints
 from fxfuse.names import place
-from fxfuse.ops import activations
+from fxfuse.ops.elementwise import read_activation
 from fxfuse.ops.movement import pooled
 from fxfuse.reading.movable.permutation import Permutation
 from fxfuse.reading.view import View
@@ -43,7 +43,7 @@ def passed(node: Node, view: View, permutation: Permutation, reads: Ints, forwar
     if not permutation.whole:
         return _refusal("is no layer that takes some channels", node)
     if affine is None:
-        alike = activations.read(node, modules) is not None or pooled(node, modules) == permutation.spatial
+        alike = read_activation(node, modules) is not None or pooled(node, modules) == permutation.spatial
         return Passed(node, reads) if alike else _refusal("may treat channels differently", node)
     op = affine.op
     if affine.kind != "unary":

@@ -11,8 +11,7 @@ from torch.fx import Node
 from fxfuse.names import is_aten
 from fxfuse.ops import schema
 from fxfuse.ops.call import SEVERAL
-from fxfuse.ops.questions import rank_check, shape_reader
-from fxfuse.ops.value_kinds import is_number
+from fxfuse.ops.value_kinds import is_number, rank_check, shape_reader
 from fxfuse.planning.sites import Fuse
 from fxfuse.reading.view import View
 

@@ -13,6 +13,8 @@ from safety import SHAPES, agrees, model_of, normal, usual
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.capture.symbolic import capture
+from fxfuse.reading.view import look
 
 SQUARE = ((2, 4, 4, 4), (4, 4, 4, 4))
 BATCH = torch.ones(2, 4, 4, 4, dtype=torch.float64)
@@ -293,3 +295,24 @@ def test_channels_last_inputs_keep_their_strides() -> None:
     agrees(usual(lambda s, x: s.b(s.a(x)) + x), draw=draw, fires=True)
     agrees(usual(lambda s, x: torch.cat([s.p(x), s.a(x)], 1)), draw=draw)
     agrees(usual(lambda s, x: s.p(x.permute(0, 3, 1, 2) * 2) + 1), tuple((n, h, w, 4) for n, _, h, w in SHAPES))
+
+
+@pytest.mark.parametrize("indices", [(0, -2), (1, -1), (-1, 1), (-2, 0)])
+def test_pieces_named_from_the_end_are_counted_once(indices: tuple[int, int]) -> None:
+    """Two names of one piece of five channels, three or two, are not two pieces."""
+    width = 3 if indices[0] in (0, -2) else 2
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        pieces = x.chunk(2, 1)
+        return self.p(pieces[indices[0]]) + self.q(pieces[indices[1]])  # type: ignore[no-any-return]
+
+    view = look(capture(model_of(forward, p=nn.Conv2d(width, 4, 1), q=nn.Conv2d(width, 4, 1)).eval()))
+    assert not [step for step in view.affine.values() if step.op.in_channels == 2 * width]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [lambda y: y.chunk(2, 1), lambda y: y.split(2, 1), lambda y: torch.chunk(y, 3, 1), lambda y: y.split([0, 0], 1)],
+)
+def test_pieces_of_no_channels(pieces: Any) -> None:
+    agrees(usual(lambda s, x: torch.cat([(y := s.b(s.a(x))), pieces(y[:, :0])[0]], 1)))

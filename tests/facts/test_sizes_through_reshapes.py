@@ -13,8 +13,7 @@ from safety import model_of
 from torch import nn
 
 from fxfuse.capture.symbolic import capture
-from fxfuse.facts.products import ONE, Size, kept_axes, product
-from fxfuse.facts.sizes import Dims
+from fxfuse.facts.sizes import ONE, Dims, Size, kept_axes, product
 from fxfuse.ops.movement import read_shaping
 from fxfuse.reading.view import look
 

@@ -14,8 +14,8 @@ from torch.fx import Graph, Node, symbolic_trace
 from fxfuse.facts.infer import infer
 from fxfuse.ops.aten import views
 from fxfuse.ops.movement import pooled, read_shaping
-from fxfuse.ops.questions import rank_check
 from fxfuse.ops.spellings import read
+from fxfuse.ops.value_kinds import rank_check
 
 aten = torch.ops.aten
 

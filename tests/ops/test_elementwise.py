@@ -14,8 +14,7 @@ from torch.fx import Graph, Node
 
 from fxfuse.facts.dtypes import find_dtypes
 from fxfuse.facts.infer import infer
-from fxfuse.ops import activations
-from fxfuse.ops.elementwise import ELEMENTWISE, elementwise
+from fxfuse.ops.elementwise import ELEMENTWISE, elementwise, read_activation
 from fxfuse.ops.memory import fresh, written
 from fxfuse.ops.value_kinds import is_tensor
 
@@ -99,7 +98,7 @@ def test_all_readers_know_every_spelling(name: str) -> None:
         fact = infer(graph, {}, {}, modules, {source: x.shape})[node]
         assert fact.rank == x.dim() and fact.axes == {i - x.dim(): n for i, n in enumerate(x.shape)}, made
         assert find_dtypes(graph, {}, {}, modules, {source: torch.float64})[node] == torch.float64, made
-        activation = activations.read(node, modules)
+        activation = read_activation(node, modules)
         if ELEMENTWISE[name].plain and ELEMENTWISE[name].module is not None:
             if made[0] == "call_function" and "aten" in str(made[1]) and name in ("elu", "celu", "selu"):
                 continue  # whose operators have parameters of their own

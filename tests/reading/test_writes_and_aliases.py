@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from exactly import MISSED
 from safety import agrees, pickled, usual
 from torch import Tensor, nn
+from torch.fx import Graph
 
 import fxfuse
+from fxfuse.ops.memory import INPLACE, written
 
 OVERWRITTEN = "overwritten in place"
 READ_ELSEWHERE = "read elsewhere"
@@ -327,3 +330,31 @@ READERS: dict[str, tuple[Forward, bool | None]] = {
 def test_values_with_several_readers(reader: str) -> None:
     forward, fires = READERS[reader]
     agrees(usual(forward), fires=fires)
+
+
+@pytest.mark.parametrize("name", INPLACE)
+def test_every_in_place_operator_of_python_writes_its_first_argument(name: str) -> None:
+    graph = Graph()
+    left, right = graph.placeholder("left"), graph.placeholder("right")
+    assert written(graph.call_function(INPLACE[name], (left, right)), None, {}) == [left]
+
+
+def masked(change: Callable[[Tensor, Tensor], Tensor], view: Callable[[Tensor], Tensor]) -> Forward:
+    """A view of a mask is taken, and the mask changed before the view is read."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        mask = y > 0
+        seen = view(mask)
+        changed = change(mask, x.flip(1) > 0)
+        return y * seen + changed
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "view", [lambda m: m, lambda m: m.view_as(m), lambda m: m[:, :1], lambda m: m.flatten(1)[0, 0]]
+)
+@pytest.mark.parametrize("change", [operator.iand, operator.ior, operator.ixor])
+def test_masks_changed_in_place(change: Any, view: Any) -> None:
+    agrees(usual(masked(change, view)))

@@ -15,8 +15,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.facts.fact import Fact
-from fxfuse.facts.products import Shape, kept_axes
-from fxfuse.facts.sizes import Dims, order_of
+from fxfuse.facts.sizes import Dims, Shape, kept_axes, order_of
 from fxfuse.names import is_aten, plain
 from fxfuse.ops.call import Call
 from fxfuse.ops.movement import RESHAPES, ints_of

@@ -19,8 +19,7 @@ from itertools import takewhile
 from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.facts.products import ONE, Size, product
-from fxfuse.facts.sizes import order_of
+from fxfuse.facts.sizes import ONE, Size, order_of, product
 from fxfuse.ops.call import Call
 from fxfuse.ops.movement import RESHAPES
 from fxfuse.reading.affine import Affine
