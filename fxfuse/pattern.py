@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxfuse.algebra.branches import add, concat
 from fxfuse.algebra.chain import compose
@@ -45,6 +45,17 @@ class Example:
     @property
     def fires(self) -> bool:
         return not self.reason
+
+
+class Model(nn.Module):
+    """What an example builds where no `nn.Sequential` would do: layers, and as its forward a function of x and them."""
+
+    def __init__(self, formula: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.formula, self.layers = formula, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(x, *self.layers)
 
 
 class Pattern:

@@ -9,16 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
-
-
-class _PoolBeside(nn.Module):
-    def __init__(self, conv: nn.Module, pool: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.pool = conv, pool
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        return self.conv(x) + self.pool(x)
+from fxfuse.pattern import Example, Model, Pattern, register
 
 
 @register
@@ -36,7 +27,9 @@ class AvgPool(Pattern):
     examples = (
         Example(
             "a pool beside a convolution",
-            lambda: _PoolBeside(nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(3, 1, 1)),
+            lambda: Model(
+                lambda x, conv, pool: conv(x) + pool(x), nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(3, 1, 1)
+            ),
             (2, 4, 6, 7),
         ),
         Example(

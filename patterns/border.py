@@ -15,7 +15,7 @@ from fxfuse.algebra.border import matches, wide
 from fxfuse.algebra.chain import product, same_layout
 from fxfuse.algebra.combine import meet
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
+from fxfuse.pattern import Example, Model, Pattern, register
 from fxfuse.refusal import Refusal
 
 
@@ -43,15 +43,6 @@ def _refuse(f: Operator, g: Operator) -> Refusal | None:
     return wide(f, g)
 
 
-class _BesidePool(nn.Module):
-    def __init__(self, conv: nn.Module, before: nn.Module, pool: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.before, self.pool = conv, before, pool
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        return self.conv(x) + self.pool(self.before(x))
-
-
 @register
 class Border(Pattern):
     name = "border"
@@ -75,10 +66,10 @@ class Border(Pattern):
         ),
         Example(
             "a branch of batch norm and padded average pool beside a 3x3",
-            lambda: _BesidePool(
+            lambda: Model(
+                lambda x, conv, pool: conv(x) + pool(x),
                 nn.Conv2d(16, 16, 3, padding=1),
-                nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)),
-                nn.AvgPool2d(3, 1, 1),
+                nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.AvgPool2d(3, 1, 1)),
             ),
             (2, 16, 7, 6),
         ),

@@ -11,22 +11,7 @@ import torch
 from torch import nn
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
-
-
-class _Concat(nn.Module):
-    def __init__(self, *branches: nn.Module) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        return torch.cat([branch(x) for branch in self.branches], dim=1)
-
-
-class _Split(_Concat):
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        parts = x.chunk(len(self.branches), dim=1)
-        return torch.cat([branch(parts[i]) for i, branch in enumerate(self.branches)], dim=1)
+from fxfuse.pattern import Example, Model, Pattern, register
 
 
 @register
@@ -40,15 +25,25 @@ class Concat(Pattern):
         return True
 
     examples = (
-        Example("two 3x3 of one input", lambda: _Concat(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)), (2, 3, 6, 7)),
+        Example(
+            "two 3x3 of one input",
+            lambda: Model(lambda x, f, g: torch.cat([f(x), g(x)], 1), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)),
+            (2, 3, 6, 7),
+        ),
         Example(
             "split, transform, concatenate",
-            lambda: nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), _Split(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))),
+            lambda: nn.Sequential(
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                Model(lambda x, f, g: torch.cat([f(x[:, :3]), g(x[:, 3:])], 1), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)),
+            ),
             (2, 6, 6, 7),
         ),
         Example(
             "a 1x1 beside a 3x3",
-            lambda: _Concat(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)),
+            lambda: Model(
+                lambda x, f, g: torch.cat([f(x), g(x)], 1), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
+            ),
             (2, 3, 6, 7),
             reason="would cost more",
         ),

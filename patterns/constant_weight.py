@@ -9,21 +9,15 @@ expression runs in the dtype of the model, as it does in eager, and no number of
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
+from fxfuse.pattern import Example, Model, Pattern, register
 
 
-class _Standardized(nn.Conv2d):
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        mean, var = self.weight.mean((1, 2, 3), keepdim=True), self.weight.var((1, 2, 3), keepdim=True)
-        return F.conv2d(x, (self.weight - mean) / (var + 1e-6).sqrt(), self.bias, self.stride, self.padding)
-
-
-class _Gated(nn.Conv2d):
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        return F.conv2d(x, self.weight * x.mean(), self.bias, self.stride, self.padding)
+def _standardized(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    mean, var = conv.weight.mean((1, 2, 3), keepdim=True), conv.weight.var((1, 2, 3), keepdim=True)
+    return F.conv2d(x, (conv.weight - mean) / (var + 1e-6).sqrt(), conv.bias)
 
 
 @register
@@ -37,10 +31,10 @@ class ConstantWeight(Pattern):
         return f.computed
 
     examples = (
-        Example("weight standardization", lambda: _Standardized(3, 5, 3, padding=1), (2, 3, 6, 7)),
+        Example("weight standardization", lambda: Model(_standardized, nn.Conv2d(3, 5, 3)), (2, 3, 6, 7)),
         Example(
             "a weight that depends on the input",
-            lambda: _Gated(3, 5, 3, padding=1),
+            lambda: Model(lambda x, conv: F.conv2d(x, conv.weight * x.mean(), conv.bias), nn.Conv2d(3, 5, 3)),
             (2, 3, 6, 7),
             reason="computed from data",
         ),

@@ -36,9 +36,7 @@ class ConvChain(Pattern):
             (2, 2, 7, 6),
         ),
         Example(
-            "two linear layers through a wide middle",
-            lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4)),
-            (3, 4),
+            "two linear layers through a wide middle", lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4)), (3, 4)
         ),
         Example(
             "zero padding before a convolution",

@@ -10,16 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
-
-
-class _Residual(nn.Module):
-    def __init__(self, conv: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        return self.conv(x) + x
+from fxfuse.pattern import Example, Model, Pattern, register
 
 
 @register
@@ -36,15 +27,21 @@ class Identity(Pattern):
         return any(k in ("identity", "scale", "select", "pad") for k in kinds) and "pool" not in kinds
 
     examples = (
-        Example("residual around a convolution", lambda: _Residual(nn.Conv2d(4, 4, 3, padding=1)), (2, 4, 6, 7)),
+        Example(
+            "residual around a convolution",
+            lambda: Model(lambda x, conv: conv(x) + x, nn.Conv2d(4, 4, 3, padding=1)),
+            (2, 4, 6, 7),
+        ),
         Example(
             "residual around a grouped convolution and its batch norm",
-            lambda: _Residual(nn.Sequential(nn.Conv2d(4, 4, 5, padding=2, groups=2), nn.BatchNorm2d(4))),
+            lambda: Model(
+                lambda x, conv: conv(x) + x, nn.Sequential(nn.Conv2d(4, 4, 5, padding=2, groups=2), nn.BatchNorm2d(4))
+            ),
             (2, 4, 6, 7),
         ),
         Example(
             "residual around a convolution without padding broadcasts",
-            lambda: _Residual(nn.Conv2d(1, 4, 1)),
+            lambda: Model(lambda x, conv: conv(x) + x, nn.Conv2d(1, 4, 1)),
             (2, 1, 6, 7),
             reason="channel counts",
         ),

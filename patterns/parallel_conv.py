@@ -11,19 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
-
-
-class _Sum(nn.Module):
-    def __init__(self, *branches: nn.Module) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        first, *others = [branch(x) for branch in self.branches]
-        for other in others:
-            first = first + other
-        return first
+from fxfuse.pattern import Example, Model, Pattern, register
 
 
 @register
@@ -42,7 +30,8 @@ class ParallelConv(Pattern):
     examples = (
         Example(
             "asymmetric branches (ACNet)",
-            lambda: _Sum(
+            lambda: Model(
+                lambda x, f, g, h: f(x) + g(x) + h(x),
                 nn.Conv2d(3, 4, 3, padding=1),
                 nn.Conv2d(3, 4, (1, 3), padding=(0, 1)),
                 nn.Conv2d(3, 4, (3, 1), padding=(1, 0)),
@@ -51,18 +40,22 @@ class ParallelConv(Pattern):
         ),
         Example(
             "depthwise kernels of two sizes",
-            lambda: _Sum(nn.Conv2d(4, 4, 7, padding=3, groups=4), nn.Conv2d(4, 4, 3, padding=1, groups=4)),
+            lambda: Model(
+                lambda x, f, g: f(x) + g(x),
+                nn.Conv2d(4, 4, 7, padding=3, groups=4),
+                nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            ),
             (2, 4, 9, 8),
         ),
         Example(
             "a depthwise beside a dense convolution",
-            lambda: _Sum(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)),
+            lambda: Model(lambda x, f, g: f(x) + g(x), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)),
             (2, 8, 6, 7),
             reason="would cost more",
         ),
         Example(
             "output sizes that differ broadcast",
-            lambda: _Sum(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 5)),
+            lambda: Model(lambda x, f, g: f(x) + g(x), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 5)),
             (2, 3, 5, 5),
             reason="different output sizes",
         ),

@@ -47,9 +47,7 @@ class PoolSwap(Pattern):
 
     examples = (
         Example(
-            "the transition of a DenseNet",
-            lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.AvgPool2d(2)),
-            (2, 4, 6, 7),
+            "the transition of a DenseNet", lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.AvgPool2d(2)), (2, 4, 6, 7)
         ),
         Example(
             "the pool branch of an Inception module",

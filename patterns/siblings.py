@@ -8,11 +8,11 @@ input once so, and linear layers of one input (query, key and value) are one mat
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fxfuse.algebra.branches import concat
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
+from fxfuse.pattern import Example, Model, Pattern, register
 from fxfuse.refusal import Refusal
 
 # What must be the same for both, and how a refusal calls it.
@@ -21,25 +21,14 @@ _ALIKE = {"spatial": "axes", "kernel": "kernels", "stride": "strides", "framed":
 }
 
 
-class _Apart(nn.Module):
+def _apart(x: Tensor, *layers: nn.Module) -> Tensor:
     """Layers of one input, an activation after each, and a product of what they give."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        first, second = (F.relu(layer(x)) for layer in self.layers)
-        return first * second.mean((-1, -2), keepdim=True)
+    first, second = (F.relu(layer(x)) for layer in layers)
+    return first * second.mean((-1, -2), keepdim=True)
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+def _attention(x: Tensor, query: nn.Module, key: nn.Module, value: nn.Module) -> Tensor:
+    return F.scaled_dot_product_attention(query(x), key(x), value(x))
 
 
 @register
@@ -69,17 +58,17 @@ class Siblings(Pattern):
         return concat((f, g))
 
     examples = (
-        Example("two 1x1 of one input", lambda: _Apart(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)), (2, 8, 6, 7)),
-        Example("query, key and value", lambda: _Attention(4), (2, 5, 4)),
+        Example("two 1x1 of one input", lambda: Model(_apart, nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)), (2, 8, 6, 7)),
+        Example("query, key and value", lambda: Model(_attention, *(nn.Linear(4, 4) for _ in range(3))), (2, 5, 4)),
         Example(
             "a 1x1 beside a 3x3",
-            lambda: _Apart(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)),
+            lambda: Model(_apart, nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)),
             (2, 8, 6, 7),
             reason="different kernels",
         ),
         Example(
             "slices that are more than the input",
-            lambda: _Apart(nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)),
+            lambda: Model(_apart, nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)),
             (2, 4, 6, 7),
             reason="would cost more than",
         ),
