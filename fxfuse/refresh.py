@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxfuse.algebra.constants import model_values
-from fxfuse.algebra.held_indices import changed
+from fxfuse.algebra.constants import changed, model_values
 from fxfuse.attributes import tensor_at
 from fxfuse.compiling.weight_sets import bump
 from fxfuse.names import below

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxfuse.algebra import combine, taps
 from fxfuse.algebra.constants import Values, evaluate
 from fxfuse.algebra.operator import Operator
-from fxfuse.algebra.terms import RUN, Numbers, Term, double
+from fxfuse.algebra.terms import RUN, Numbers, Term, added, double
 
 
 def chain(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
@@ -25,7 +25,7 @@ def _scaled(one: Numbers, two: Numbers) -> Numbers:
     """f followed by one factor and one shift a channel: only the pending scales and the bias change."""
     factor = two.weight().flatten()
     shift = None if one.bias is None else one.bias * factor
-    return Numbers(tuple(t.scaled(factor) for t in one.terms), _sum(shift, two.bias), one.shape)
+    return Numbers(tuple(t.scaled(factor) for t in one.terms), added(shift, two.bias), one.shape)
 
 
 def _product(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers) -> Numbers:
@@ -57,11 +57,7 @@ def _product(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers)
         product = product.transpose(-1, -2)
     if shift is not None and second.scale is not None:
         shift = shift * second.scale
-    return Numbers.of(taps.placed(op, f, g, product), _sum(shift, two.bias), second.scale)
-
-
-def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
-    return two if one is None else one if two is None else one + two
+    return Numbers.of(taps.placed(op, f, g, product), added(shift, two.bias), second.scale)
 
 
 def _frame(op: Operator, f: Operator, g: Operator, parts: list[Numbers], source: Values) -> Tensor:

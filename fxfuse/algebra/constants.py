@@ -41,21 +41,22 @@ class Apply:
 
 Const = Attr | Apply | int | float | complex
 Values = Callable[[Attr], Tensor]
+Held = tuple[int, ...]  # what a constant tensor of indices holds
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """A list, tuple or slice inside the arguments of an `Apply`, in a form that can be hashed."""
 
-    kind: str
+    kind: type
     items: tuple[Any, ...]
 
 
 def freeze(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return Sequence("list" if isinstance(value, list) else "tuple", tuple(freeze(v) for v in value))
+        return Sequence(list if isinstance(value, list) else tuple, tuple(map(freeze, value)))
     if isinstance(value, slice):
-        return Sequence("slice", (freeze(value.start), freeze(value.stop), freeze(value.step)))
+        return Sequence(slice, tuple(map(freeze, (value.start, value.stop, value.step))))
     return value
 
 
@@ -65,7 +66,7 @@ def evaluate(const: Any, values: Values) -> Any:
         return values(const)
     if isinstance(const, Sequence):
         items = [evaluate(v, values) for v in const.items]
-        return slice(*items) if const.kind == "slice" else {"list": list, "tuple": tuple}[const.kind](items)
+        return slice(*items) if const.kind is slice else const.kind(items)
     if isinstance(const, Apply):
         args = [evaluate(a, values) for a in const.args]
         kwargs = {k: evaluate(v, values) for k, v in const.kwargs}
@@ -74,6 +75,21 @@ def evaluate(const: Any, values: Values) -> Any:
             return operator(*args, **kwargs) if operator else getattr(args[0], const.function)(*args[1:], **kwargs)
         return const.function(*args, **kwargs)
     return const
+
+
+def held(const: Attr | Apply, values: Values) -> Held:
+    """What a tensor of indices holds."""
+    with torch.no_grad():
+        return tuple(int(i) for i in evaluate(const, values).tolist())
+
+
+def changed(known: Mapping[Attr | Apply, Held], values: Values) -> str | None:
+    """A tensor of indices that no longer holds what is `known` of it, by its path; None if there is none.
+
+    Where what it holds decided a plan, whoever brings new weights compares first.
+    """
+    const = next((c for c, entries in known.items() if held(c, values) != entries), None)
+    return None if const is None else ", ".join(a.path for a in leaves(const))
 
 
 def leaves(const: Any) -> list[Attr]:

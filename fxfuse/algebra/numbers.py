@@ -8,8 +8,9 @@ A weight is [N, C/g, *K] with the output channels first, for transposed convolut
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fxfuse.algebra.chain_numbers import chain
 from fxfuse.algebra.constants import Values, evaluate
 from fxfuse.algebra.operator import Operator
 from fxfuse.algebra.taps import places
-from fxfuse.algebra.terms import Numbers, double
+from fxfuse.algebra.terms import Numbers, added, double
 
 
 def compute(op: Operator, source: Values) -> Numbers:
@@ -33,14 +34,18 @@ def compute(op: Operator, source: Values) -> Numbers:
     return LAWS[op.law](op, [compute(o, source) for o in op.operands], source)
 
 
+def _double(op: Operator, name: str, source: Values) -> Any:
+    """A constant of `op` in double precision; None where it has none of that name's."""
+    value = evaluate(op.const(name), source)
+    return None if value is None else double(value)
+
+
 def _conv(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     weight = evaluate(op.const("weight"), source)
-    bias = evaluate(op.const("bias"), source)
     if op.transposed:  # [C, N/g, *K] -> [N, C/g, *K], group by group
         g = op.groups
         weight = weight.reshape(g, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-    frame = double(evaluate(op.const("frame"), source)) if op.framed else None
-    return Numbers.of(weight, None if bias is None else double(bias), frame=frame)
+    return Numbers.of(weight, _double(op, "bias", source), frame=_double(op, "frame", source) if op.framed else None)
 
 
 def _product(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
@@ -49,22 +54,17 @@ def _product(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
 
 def _batch_norm(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     """s = weight / sqrt(var + eps), b = bias - mean * s (Ioffe and Szegedy 2015, algorithm 2)."""
-    mean = double(evaluate(op.const("mean"), source))
-    var = double(evaluate(op.const("var"), source))
-    weight, bias = (evaluate(op.const(n), source) for n in ("weight", "bias"))
-    deviation = (var + op.const("eps")).sqrt()
-    scale = (1 if weight is None else double(weight)) / deviation
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + double(bias)
-    return _factor(op, scale, shift)
+    mean, var, weight, bias = (_double(op, name, source) for name in ("mean", "var", "weight", "bias"))
+    scale = (1 if weight is None else weight) / (var + op.const("eps")).sqrt()
+    return _factor(op, scale, (0 if bias is None else bias) - mean * scale)
 
 
 def _scale(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     """x * factor + shift, each a number or one value a channel."""
 
     def channels(name: str) -> Tensor:
-        return double(evaluate(op.const(name), source)).reshape(-1).expand(op.out_channels)
+        values: Tensor = _double(op, name, source)
+        return values.reshape(-1).expand(op.out_channels)
 
     factor = 1 / channels("factor") if op.const("inverse") else channels("factor")
     return _factor(op, factor, None if op.const("shift") == 0 else channels("shift") * op.const("alpha"))
@@ -81,11 +81,11 @@ def _factor(op: Operator, factor: Tensor, shift: Tensor | None) -> Numbers:
     return Numbers.of(factor.reshape(op.out_channels, 1, *op.kernel), shift)
 
 
-def _share(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
-    """A run of the channels of a factor, with or without its shift."""
+def _spread(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
+    """A factor whose channel i is channel start + i // each of another one, with or without its shift."""
     weight, bias = parts[0].weight(), parts[0].bias
-    run = slice(*op.const("rows")) if op.const("rows") else slice(None)
-    return _factor(op, weight[run], bias[run] if op.bias and bias is not None else None)
+    rows = op.const("start") + torch.arange(op.out_channels, device=weight.device) // op.const("each")
+    return _factor(op, weight[rows], bias[rows] if op.bias and bias is not None else None)
 
 
 def _embedded(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
@@ -96,13 +96,6 @@ def _embedded(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     factor[run] = weight
     shift[run] = 0 if bias is None else bias
     return _factor(op, factor, shift if op.bias else None)
-
-
-def _repeated(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
-    """A factor a channel as one for each of the `each` numbers in a row that make a channel."""
-    each, bias = op.const("each") or 1, parts[0].bias
-    shift = bias.repeat_interleave(each) if op.bias and bias is not None else None
-    return _factor(op, parts[0].weight().flatten().repeat_interleave(each), shift)
 
 
 def _unbiased(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
@@ -129,40 +122,36 @@ def _sum(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
         for b, n in zip(op.operands, parts, strict=True)
         for t in n.terms
     ]
-    biases = [n.bias for n in parts if n.bias is not None]
-    frame = _frames(op, parts, [slice(None)] * len(parts))
-    return Numbers(tuple(terms), sum(biases[1:], biases[0]) if biases else None, shape, frame)
+    frame = _laid(op, 1, (n.frame for n in parts), [slice(None)] * len(parts))
+    return Numbers(tuple(terms), added(*(n.bias for n in parts)), shape, frame)
 
 
 def _concat(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
     """Every branch in its rows."""
-    first = parts[0].weight()
-    weight = first.new_zeros(op.out_channels, op.input_width // op.groups, *op.kernel)
-    bias = first.new_zeros(op.out_channels)
     ends = accumulate(b.out_channels for b in op.operands)
     rows = [slice(end - b.out_channels, end) for b, end in zip(op.operands, ends, strict=True)]
-    for run, branch, numbers in zip(rows, op.operands, parts, strict=True):
-        where = (run, slice(None), *places(op, branch))
-        weight[where] = numbers.weight()
-        if numbers.bias is not None:
-            bias[run] = numbers.bias
-    return Numbers.of(weight, bias if op.bias else None, frame=_frames(op, parts, rows))
+    weight = _laid(op, op.input_width // op.groups, (n.weight() for n in parts), rows)
+    assert weight is not None
+    bias = weight.new_zeros(op.out_channels)
+    for run, numbers in zip(rows, parts, strict=True):
+        bias[run] = 0 if numbers.bias is None else numbers.bias
+    return Numbers.of(weight, bias if op.bias else None, frame=_laid(op, 1, (n.frame for n in parts), rows))
 
 
-def _frames(op: Operator, parts: list[Numbers], rows: list[slice]) -> Tensor | None:
-    """The frames of all branches in one, each in its taps and rows."""
-    frame = None
-    for run, branch, numbers in zip(rows, op.operands, parts, strict=True):
-        if numbers.frame is not None:
-            frame = numbers.frame.new_zeros(op.out_channels, 1, *op.kernel) if frame is None else frame
+def _laid(op: Operator, width: int, tensors: Iterable[Tensor | None], rows: list[slice]) -> Tensor | None:
+    """Weights or frames of the branches in one, each in its taps and rows; None where there are none."""
+    whole = None
+    for run, branch, tensor in zip(rows, op.operands, tensors, strict=True):
+        if tensor is not None:
+            whole = tensor.new_zeros(op.out_channels, width, *op.kernel) if whole is None else whole
             where = (run, slice(None), *places(op, branch))
-            frame[where] += numbers.frame
-    return frame
+            whole[where] += tensor
+    return whole
 
 
 LAWS: dict[str, Callable[[Operator, list[Numbers], Values], Numbers]] = {
     "conv": _conv, "product": _product, "batch_norm": _batch_norm, "scale": _scale,
     "pool": _mean, "identity": _mean, "pad": _mean, "select": _mean,
     "compose": chain, "sum": _sum, "concat": _concat, "rows": _rows, "dense": _dense,
-    "share": _share, "embedded": _embedded, "repeated": _repeated, "unbiased": _unbiased,
+    "share": _spread, "embedded": _embedded, "repeated": _spread, "unbiased": _unbiased,
 }  # fmt: skip

@@ -93,11 +93,8 @@ def _index(op: Operator, f: Operator, g: Operator) -> Tensor:
     """Flat position in the kernel of `op` of tap j of g and tap i of f, ordered (j, i)."""
     index = torch.zeros(1, 1, dtype=torch.long)
     for d in range(op.spatial or 0):
-        k1, k2 = f.kernel[d], g.kernel[d]
-        both = k1 > 1 and k2 > 1
-        one = f.dilation[d] if both else op.dilation[d]
-        two = g.dilation[d] * f.stride[d] if both else op.dilation[d]
-        here = (torch.arange(k2)[:, None] * two + torch.arange(k1)[None] * one) // op.dilation[d]
+        one, two = torch.arange(f.kernel[d]) * f.dilation[d], torch.arange(g.kernel[d]) * g.dilation[d] * f.stride[d]
+        here = (two[:, None] + one) // op.dilation[d]
         index = index[:, None, :, None] * op.kernel[d] + here[None, :, None, :]
         index = index.flatten(2, 3).flatten(0, 1)
     return index.flatten()

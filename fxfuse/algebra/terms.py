@@ -29,6 +29,12 @@ def double(tensor: Tensor | float | complex) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+def added(*tensors: Tensor | None) -> Tensor | None:
+    """The sum of those that there are, None if there are none."""
+    there = [t for t in tensors if t is not None]
+    return sum(there[1:], there[0]) if there else None
+
+
 class Term(NamedTuple):
     """A weight [N, C/g, *K], each row to be multiplied by `scale` [N], at `place` in the kernel."""
 

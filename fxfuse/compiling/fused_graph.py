@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
-from fxfuse.algebra.constants import Apply, Attr
-from fxfuse.algebra.held_indices import Held
+from fxfuse.algebra.constants import Apply, Attr, Held
 from fxfuse.algebra.operator import Operator
 from fxfuse.compiling.dynamo_graphs import attributes_read, exposed_state, frozen_state, traced
 from fxfuse.compiling.options import CompileOptions

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
-from fxfuse.algebra.held_indices import changed
+from fxfuse.algebra.constants import changed
 from fxfuse.compiling.dynamo_graphs import statistics
 from fxfuse.compiling.fused_graph import FusedGraph
 from fxfuse.compiling.inner_compiler import Runner, compiled, copied_graph, copied_module, module_of

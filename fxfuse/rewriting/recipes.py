@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxfuse.algebra.constants import Apply, Attr
-from fxfuse.algebra.held_indices import Held
+from fxfuse.algebra.constants import Apply, Attr, Held
 from fxfuse.algebra.operator import Operator
 
 

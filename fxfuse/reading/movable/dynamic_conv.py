@@ -134,6 +134,6 @@ class DynamicConvs:
 
 def repeated(op: Operator, channels: int, each: int, shift: bool = False) -> Operator:
     """A factor a channel as one for each of the `each` numbers in a row that make a channel, with or without shift."""
-    spatial, times = (None, None) if op.spatial is None else (0, each)
-    consts = (("each", times),)
+    spatial, times = (None, 1) if op.spatial is None else (0, each)
+    consts = (("start", 0), ("each", times))
     return op.on_layout(spatial, channels * each, law="repeated", operands=(op,), consts=consts, bias=shift)

@@ -101,6 +101,5 @@ def _ends(
 
 def _share(op: Operator, end: _End) -> Operator:
     """A run of the channels of a factor, with or without its shift."""
-    rows = None if op.spatial is None else (end.start, end.start + end.width)
-    consts, bias = (("rows", rows),), op.bias and end.shift
+    consts, bias = (("start", 0 if op.spatial is None else end.start), ("each", 1)), op.bias and end.shift
     return op.on_layout(op.spatial, end.width, law="share", operands=(op,), consts=consts, bias=bias)

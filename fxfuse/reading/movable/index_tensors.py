@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from fxfuse.algebra.constants import Apply, Attr, model_values
-from fxfuse.algebra.held_indices import Held, held
+from fxfuse.algebra.constants import Apply, Attr, Held, held, model_values
 from fxfuse.names import is_aten, plain
 from fxfuse.ops.index_lists import Pick, pick
 from fxfuse.reading.affine import Unknown, axis_layout
