@@ -120,19 +120,16 @@ class Editor:
             if not source.users and source in constants:
                 self.erase(source, constants)
 
-    def check(self, source: Node, size: int | None, axis: int | None = None) -> None:
-        """Check when the model runs what was taken for granted: the rank of a tensor, or its size along an axis."""
-        if size is not None:
-            insert_check(self.graph, source, size, axis)
-
 
 def provenance(node: Node) -> dict[str, Any]:
     """Of the metadata of a node, what one that stands for it gets too."""
     return {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
 
 
-def insert_check(graph: Graph, source: Node, size: int, axis: int | None) -> None:
-    """An assertion right behind `source` that it has `size` dims, or that size along an axis."""
+def insert_check(graph: Graph, source: Node, size: int | None, axis: int | None = None) -> None:
+    """Check when the model runs what was taken for granted: the rank of a tensor, or its size along an axis."""
+    if size is None:
+        return
     message = (RANK if axis is None else WIDTH).format(size)
     with graph.inserting_after(source):
         check = graph.call_function(torch._assert, (source, message))

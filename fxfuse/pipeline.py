@@ -9,8 +9,9 @@ from fxfuse.cost import CostFunction
 from fxfuse.pattern import Selection
 from fxfuse.planning.planner import make_plan
 from fxfuse.reading.view import look
-from fxfuse.rearranging.permutations_left import permutations_left
-from fxfuse.rearranging.prepare import prepare, tidy
+from fxfuse.rearranging.permutation_routes import permutations_left
+from fxfuse.rearranging.prepare import prepare
+from fxfuse.rearranging.tidy import tidy
 from fxfuse.refusal import Refusal
 from fxfuse.reporting import describe
 from fxfuse.reporting.report import Fired, Totals

@@ -15,8 +15,7 @@ from fxfuse.names import below
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.report import Report
 from fxfuse.rewriting.assemble import spelled
-from fxfuse.rewriting.layers import PARAMETERS, tensors
-from fxfuse.rewriting.recipes import Replay
+from fxfuse.rewriting.layers import PARAMETERS, Replay, tensors
 
 STORE = "_fxfuse"
 

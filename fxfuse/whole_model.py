@@ -20,7 +20,7 @@ from fxfuse.refusal import Refusal
 from fxfuse.reporting.describe import layer_totals, params
 from fxfuse.reporting.report import Fired, Report, Totals
 from fxfuse.rewriting.assemble import assemble, keep
-from fxfuse.rewriting.recipes import Replay
+from fxfuse.rewriting.layers import Replay
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch.fx import Node
 from fxfuse.algebra.constants import Apply, Attr
 from fxfuse.algebra.operator import Ints
 from fxfuse.cost import CostFunction
-from fxfuse.graph_edits import Edit, Editor
+from fxfuse.graph_edits import Edit, Editor, insert_check
 from fxfuse.ops.index_lists import index_of
 from fxfuse.ops.value_kinds import is_number
 from fxfuse.pattern import Selection
@@ -30,8 +30,6 @@ from fxfuse.reading.movable.shuffles import Shuffle
 from fxfuse.reading.view import View
 from fxfuse.rearranging.permutation_passing import Passed
 from fxfuse.rearranging.permutation_routes import Route, Routes
-
-_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def move_permutations(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
@@ -100,7 +98,7 @@ def _drop_unread(sizes: list[Node], editor: Editor) -> None:
 def _move(view: View, permutation: Permutation, route: Route, editor: Editor) -> None:
     (old,), last = permutation.nodes, route.steps[-1]
     reader = view.readers(last.node)[0]
-    nodes = [_renumbered(view, s, editor) if s.rows is not None else s.node for s in route.steps]
+    nodes = [_renumbered(view, step, editor) for step in route.steps]
     source = permutation.source if route.forward else nodes[0]
     for user in list(old.users):
         editor.rewire(user, old, source)
@@ -112,17 +110,19 @@ def _move(view: View, permutation: Permutation, route: Route, editor: Editor) ->
         index = index_of(-permutation.spatial - 1, last.reads)
         new = editor.call(reader, operator.getitem, (value, index), old, value)
     ranks = [a.assumes for n in (old, *(s.node for s in route.steps)) if (a := view.affine.get(n)) is not None]
-    editor.check(source, next((r for r in ranks if r is not None), None))
+    insert_check(editor.graph, source, next((r for r in ranks if r is not None), None))
     editor.rewire(reader, value, new)
     editor.erase(old)
 
 
 def _renumbered(view: View, step: Passed, editor: Editor) -> Node:
-    """A node with the rows of its weights in another order."""
-    node, op = step.node, view.affine[step.node].op
-    assert step.rows is not None
+    """A node with the rows of its weights, where it has any, in another order."""
+    node = step.node
+    if step.rows is None:
+        return node
     if node.op == "call_module":
         return _function(view, node, step.rows, editor)
+    op = view.affine[node].op
     axis = -(op.spatial or 0) - 1 if op.law == "scale" else 0
     for argument in [n for n in node.all_input_nodes if _has_rows(view.constants.get(n), axis)]:
         index = index_of(axis, step.rows)
@@ -148,9 +148,9 @@ def _function(view: View, node: Node, rows: Ints, editor: Editor) -> Node:
 
     args, source = call.args, node.all_input_nodes[0]
     if call.op == "conv":
-        rest = tuple(args[n] for n in ("stride", "padding", "dilation", "groups"))
+        rest = [args[n] for n in ("stride", "padding", "dilation", "groups")]
         values = (source, row("weight"), row("bias"), *rest)
-        new = editor.call(node, _FUNCTIONS[call.spatial or 0], values, node, node)
+        new = editor.call(node, getattr(F, f"conv{call.spatial}d"), values, node, node)
     else:
         state = [row(n) for n in ("running_mean", "running_var", "weight", "bias")]
         new = editor.call(node, F.batch_norm, (source, *state, False, 0.0, args["eps"]), node, node)

@@ -1,4 +1,4 @@
-"""The way of a permutation of channels to a layer that takes it into its weight, past what lies between.
+"""The way of a permutation of channels to a layer that takes it into its weight, past what lies between; or why none.
 
 Every value on the way is read by the next node alone. A permutation that would not vanish in the end stays where it
 is, and so does one that would leave a batch norm or a factor to permute its numbers at every call.
@@ -6,10 +6,10 @@ is, and so does one that would leave a batch norm or a factor to permute its num
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 
 from torch.fx import Node
 
@@ -19,8 +19,8 @@ from fxfuse.algebra.operator import Operator, pointwise
 from fxfuse.cost import CostFunction
 from fxfuse.names import place
 from fxfuse.pattern import Selection
-from fxfuse.reading.affine import Affine
-from fxfuse.reading.movable.permutation import Permutation
+from fxfuse.reading.movable.index_tensors import indexed
+from fxfuse.reading.movable.permutation import Permutation, permutation_of
 from fxfuse.reading.runs import after, before
 from fxfuse.reading.view import View
 from fxfuse.rearranging.permutation_passing import Passed, passed
@@ -87,7 +87,7 @@ class Routes:
                 break  # it reads a piece of it
             if permutation.plain and here in self.view.sized and not (forward and layer.weighted):
                 return Refusal(f"the size of {place(here)} is asked for")
-            both = self.patterns.combine("chain", *((op, layer) if forward else (layer, op)))
+            both = self._chained(op, layer, forward)
             if layer.weighted:
                 return self._pays(both, layer, here)
             if isinstance(both, Refusal) or layer.kind not in STRAIGHT:
@@ -97,9 +97,7 @@ class Routes:
 
     def _pays(self, both: Operator | Refusal, layer: Operator, node: Node) -> Refusal | None:
         """Why a layer does not take what it meets, None if it does at no more cost than its own."""
-        if isinstance(both, Refusal):
-            return Refusal(f"{place(node)} cannot take it: {both.reason}")
-        one, two = combine.finish(layer), combine.finish(both)
+        one, two = combine.finish(layer), both if isinstance(both, Refusal) else combine.finish(both)
         if isinstance(one, Refusal) or isinstance(two, Refusal):
             why = two.reason if isinstance(two, Refusal) else ""
             return Refusal(f"{place(node)} cannot take it: {why}")
@@ -120,51 +118,58 @@ class Routes:
             writer = writer or (None if mine else node)
         if writer is not None:
             return Refusal(f"{place(writer)} writes in place what others read")
-        for number, step in enumerate(steps):
-            if step.rows is not None and not self._held(permutation, steps, number, forward):
+        for step in steps:
+            if step.rows is not None and not self._held(permutation, nodes, step.node, forward):
                 return Refusal(f"{place(step.node)} is in no layer, and would permute its numbers at every call")
         return None
 
-    def _held(self, permutation: Permutation, steps: Sequence[Passed], number: int, forward: bool) -> bool:
-        """Whether the permuted numbers of a step end up in a layer."""
-        affine = self.view.affine
-        op = affine[steps[number].node].op
+    def _held(self, permutation: Permutation, way: Sequence[Node], node: Node, forward: bool) -> bool:
+        """Whether the permuted numbers of a node on the way end up in a layer."""
+        op, steps, readers = self.view.affine[node].op, self.view.affine, self.view.readers
         if op.weighted:
             return not isinstance(self.patterns.combine("alone", _computed(op), _computed(op)), Refusal)
-        ordered = steps if forward else steps[::-1]
-        middle = [a.op if (a := affine.get(s.node)) is not None else None for s in ordered]
-        readers, start = self.view.readers, permutation.nodes[0]
-        first = _to_layer(before(permutation.source, start, affine, readers))[::-1] if forward else []
-        last = [] if forward else _to_layer(after(permutation.last, affine, readers))
-        row = [*first, *middle, *last]
-        where = len(first) + (number if forward else len(steps) - 1 - number)
-        return any(self._absorbed(row, where, way) for way in (-1, 1))
+        at, start = way.index(node), permutation.nodes[0]
+        run = before(permutation.source, start, steps, readers) if forward else after(permutation.last, steps, readers)
+        there = chain(way[:at][::-1], (n for n, _ in run))  # on the side on which the permutation is
+        return self._absorbed(op, there, not forward) or self._absorbed(op, way[at + 1 :], forward)
 
-    def _absorbed(self, row: Sequence[Operator | None], where: int, way: int) -> bool:
-        """Whether the operator at `where` and those next to it on one side are one layer."""
-        whole, there = row[where], where + way
-        while 0 <= there < len(row) and (other := row[there]) is not None and whole is not None:
-            both = self.patterns.combine("chain", *((whole, other) if way > 0 else (other, whole)))
-            if isinstance(both, Refusal) or both.framed:
+    def _absorbed(self, op: Operator, nodes: Iterable[Node], forward: bool) -> bool:
+        """Whether an operator and the `nodes` that come after it, or before it, are one layer."""
+        for node in nodes:
+            affine = self.view.affine.get(node)
+            both = None if affine is None else self._chained(op, affine.op, forward)
+            if affine is None or not isinstance(both, Operator) or both.framed:
                 return False
-            if other.weighted:
+            if affine.op.weighted:
                 return not isinstance(combine.finish(both), Refusal)
-            whole, there = both, there + way
+            op = both
         return False
 
+    def _chained(self, op: Operator, other: Operator, forward: bool) -> Operator | Refusal:
+        """An operator and the one that comes after it, or before it, as one."""
+        return self.patterns.combine("chain", *((op, other) if forward else (other, op)))
 
-def _to_layer(run: Iterator[tuple[Node, Affine]]) -> list[Operator]:
-    """The operators of a run up to a layer."""
-    found = list[Operator]()
-    for _, step in run:
-        found.append(step.op)
-        if step.op.weighted:
-            break
-    return found
+
+def permutations_left(view: View, patterns: Selection, price: CostFunction, fused: Set[Node]) -> list[Refusal]:
+    """A refusal for each permutation in the view that is not `fused`."""
+    routes, notes = Routes(view, patterns, price), list[Refusal]()
+    single = [permutation_of(n, a) for n, a in view.affine.items() if n not in fused]
+    by_tensor = [i.permutation for i in indexed(view) if i.permutation.whole]
+    for permutation in (*filter(None, single), *by_tensor, *(s.permutation for s in view.movable.shuffles)):
+        found, where = routes.find(permutation), place(permutation.last)
+        if isinstance(found, Route):
+            reason = "a permutation of channels stays: what it reads is written in place before a layer could take it"
+            notes.append(Refusal(reason, where, "use the out-of-place form"))
+            continue
+        before, after = found
+        reason = "a permutation of channels stays: no layer before it or after it can take it into its weight"
+        remedy = "a layer with groups=1 takes it, past activations and depthwise layers that nothing else reads"
+        notes.append(Refusal(reason, where, remedy, f"before it {before.reason}; after it {after.reason}"))
+    return notes
 
 
 def _computed(op: Operator) -> Operator:
     """`op` as it is with an expression for its weight."""
     weight = op.const("weight")
     expression = Apply("clone", (weight,), (), weight.shape, weight.dtype)
-    return replace(op, consts=tuple((k, expression if k == "weight" else c) for k, c in op.consts))
+    return replace(op, consts=tuple((dict(op.consts) | {"weight": expression}).items()))

@@ -1,8 +1,6 @@
 """1x1 conv -> avg_pool  =>  avg_pool -> 1x1 conv      the pool first, as it leaves fewer positions to convolve
 
-Exact: a pool without padding is the same weighted mean on every channel, its weights sum to one, and a pointwise
-convolution with its bias is the same affine map at every position (W mean(x) + b = mean(W x + b)); so is a batch
-norm between the two. The transitions of DenseNet do a quarter of the work so.
+Exact, as the pattern `pool_swap` says, with a batch norm between the two as well.
 
 The captured graph is changed, before the plan that counts: the planner only decides what becomes one layer. The other
 direction, which needs no other plan, is `layer_first`.
@@ -22,10 +20,8 @@ from fxfuse.algebra.operator import Operator
 from fxfuse.cost import CostFunction
 from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
-from fxfuse.reading.affine import Affine
 from fxfuse.reading.runs import before
 from fxfuse.reading.view import View
-from fxfuse.refusal import Refusal
 
 
 class Swapped(NamedTuple):
@@ -39,11 +35,14 @@ class Swapped(NamedTuple):
 def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]:
     """Average pools to be moved before the pointwise convolutions they follow."""
     for pool, affine in view.affine.items():
-        if affine.op.kind == "pool" and not affine.op.pads and math.prod(affine.op.stride) > 1:
-            nodes = _up_to_conv(view, pool, affine.op)
-            if nodes and _allowed(view.affine[nodes[-1]], affine.op, patterns, price):
+        op = affine.op
+        if op.kind == "pool" and not op.pads and math.prod(op.stride) > 1 and (nodes := _up_to_conv(view, pool, op)):
+            layer, shapes = view.affine[nodes[-1]].op, view.shapes
+            swapped = isinstance(patterns.combine("swap", layer, op), Operator)
+            if layer.pointwise and swapped and price(layer, op.pixels) < price(layer, Fraction(1)):
+                positions = tuple(shapes[n].numel() // layer.out_channels for n in (nodes[-1], pool) if n in shapes)
                 touched = frozenset((pool, *nodes, view.source(nodes[-1]), *pool.users))
-                yield Edit(touched, partial(_rewire, view, pool, nodes), _swapped(view, pool, nodes[-1]))
+                yield Edit(touched, partial(_rewire, view, pool, nodes), Swapped(layer, op, positions))
 
 
 def _up_to_conv(view: View, pool: Node, op: Operator) -> list[Node]:
@@ -58,18 +57,6 @@ def _up_to_conv(view: View, pool: Node, op: Operator) -> list[Node]:
         if step.op.kind not in ("scale", "identity"):
             break
     return []
-
-
-def _allowed(layer: Affine, pool: Operator, patterns: Selection, price: CostFunction) -> bool:
-    if not layer.op.pointwise or isinstance(patterns.combine("swap", layer.op, pool), Refusal):
-        return False
-    return price(layer.op, pool.pixels) < price(layer.op, Fraction(1))
-
-
-def _swapped(view: View, pool: Node, conv: Node) -> Swapped:
-    layer, op, shapes = view.affine[conv].op, view.affine[pool].op, view.shapes
-    positions = [shapes[n].numel() // layer.out_channels for n in (conv, pool) if n in shapes]
-    return Swapped(layer, op, tuple(positions))
 
 
 def _rewire(view: View, pool: Node, nodes: list[Node], editor: Editor) -> None:

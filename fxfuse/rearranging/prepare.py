@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from fxfuse.capture.captured import Captured
 from fxfuse.cost import CostFunction
-from fxfuse.graph_edits import Editor, make_disjoint
+from fxfuse.graph_edits import make_disjoint
 from fxfuse.pattern import Selection
 from fxfuse.reading.view import View, look
 from fxfuse.rearranging.dynamic_bias import give_biases
-from fxfuse.rearranging.identities import drop_identities
 from fxfuse.rearranging.permutation_moves import move_permutations, use_shuffles, write_indices
 from fxfuse.rearranging.pool_first import Swapped, swap
-from fxfuse.rearranging.positional import by_position
 from fxfuse.rearranging.sums import regroup
 
 PASSES = ((swap,), (give_biases,), (regroup,), (use_shuffles, write_indices, move_permutations))
-
-
-def tidy(captured: Captured) -> None:
-    """What is done to every graph before it is read."""
-    editor = Editor(captured)
-    by_position(editor)
-    drop_identities(editor)
 
 
 def prepare(view: View, patterns: Selection, price: CostFunction) -> tuple[View, tuple[Swapped, ...]]:

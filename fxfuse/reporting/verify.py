@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.capture.example_inputs import run_copy
 from fxfuse.capture.export.program import export
 from fxfuse.capture.symbolic import capture
-from fxfuse.rearranging.prepare import tidy
+from fxfuse.rearranging.tidy import tidy
 from fxfuse.refusal import VerificationError
 
 # Relative to the largest output: far above the rounding of one fold, far below a wrong border.

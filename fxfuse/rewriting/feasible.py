@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import replace
 
+import networkx as nx
 from torch import nn
 from torch.fx import Node
 
@@ -29,7 +30,7 @@ def feasible(plan: Plan, view: View, values: Values | None) -> tuple[Plan, Built
     ops = list(dict.fromkeys([op for s in sites for op in _operators(s, wide)] + [g.op for g in siblings]))
     stored: dict[Operator, Stored | Refusal] = {op: blank(op) for op in ops} if values is None else tensors(ops, values)
     refused = {op: r.at(op.path) for op, r in stored.items() if isinstance(r, Refusal)}
-    done = _whole_trees([s for s in sites if refused.keys().isdisjoint(_operators(s, wide))], sites)
+    done = _whole_trees(sites, {i for i, s in enumerate(sites) if not refused.keys().isdisjoint(_operators(s, wide))})
     there = {f.exit for s in done for f in fuses(s.segments)}
     able = tuple(g for g in siblings if g.op not in refused and there.issuperset(f.exit for f in g.members))
     if able != siblings:
@@ -52,11 +53,8 @@ def _operators(site: Site, wide: Set[Node]) -> list[Operator]:
     return [op for op in found if op is not None]
 
 
-def _whole_trees(done: list[Site], sites: list[Site]) -> list[Site]:
-    """Sites that share a factor with one that is left out are left out too: the factor stays."""
-    count = len(sites)
-    while count != len(done):
-        count, whole = len(done), {id(s) for s in done}
-        kept = {n for s in sites if id(s) not in whole for n in s.nodes()}
-        done = [s for s in done if kept.isdisjoint(s.nodes())]
-    return done
+def _whole_trees(sites: list[Site], left_out: Set[int]) -> list[Site]:
+    """All sites but those `left_out`, by number, and those that share a factor with one: the factor stays."""
+    shared = nx.Graph((number, node) for number, site in enumerate(sites) for node in site.nodes())
+    left = set().union(*(nx.node_connected_component(shared, number) for number in left_out))
+    return [s for number, s in enumerate(sites) if number not in left]

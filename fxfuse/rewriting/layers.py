@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxfuse.algebra.constants import Attr, Values
+from fxfuse.algebra.constants import Apply, Attr, Held, Values
 from fxfuse.algebra.numbers import compute
 from fxfuse.algebra.operator import Operator, sources
 from fxfuse.algebra.terms import Numbers, overflow
@@ -19,9 +20,6 @@ from fxfuse.refusal import Refusal
 
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
 PARAMETERS = ("weight", "bias", "frame")  # of a layer, in the order in which they are stored
-
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def tensors(ops: Iterable[Operator], values: Values) -> dict[Operator, Stored | Refusal]:
@@ -49,9 +47,8 @@ def _stored(op: Operator, numbers: Numbers, values: Values) -> Stored | Refusal:
         (op.bias, (op.out_channels,), numbers.bias),
         (op.framed, (op.out_channels, 1, *op.kernel), numbers.frame),
     ):
-        rounded = (
-            torch.zeros(shape, dtype=dtype) if exact is None else exact.to(dtype, copy=True)
-        )  # not the model's own
+        # a copy, not the model's own
+        rounded = torch.zeros(shape, dtype=dtype) if exact is None else exact.to(dtype, copy=True)
         if wanted and exact is not None and exact.device.type != "meta" and not torch.isfinite(rounded).all():
             return overflow(exact, dtype)
         more.append(rounded.contiguous().to(device) if wanted else None)
@@ -82,6 +79,20 @@ def blank(op: Operator) -> Stored:
     return empty(*pair, *op.kernel), bias, empty(op.out_channels, 1, *op.kernel) if op.framed else None
 
 
+@dataclass(frozen=True)
+class Replay:
+    """How the fused layers of one part of a model are computed, and the tensors that only its trace knew.
+
+    It is what is kept of a plan, for new weights without a new plan. `operators` are those of the layers by the path of
+    each; `held` are tensors of indices that decided the plan, with what they held.
+    """
+
+    path: str
+    operators: dict[str, Operator]
+    constants: dict[str, Any]
+    held: dict[Attr | Apply, Held] = field(default_factory=dict)
+
+
 @cache
 def _uninitialized(cls: Any) -> Any:
     """`cls` without the random initial weights that would be overwritten at once."""
@@ -103,7 +114,8 @@ def layer(op: Operator, stored: Stored, requires_grad: bool) -> nn.Module:
         if op.kind == "warp":
             cls = torchvision_ops().DeformConv2d
         else:
-            cls = (_CONV_TRANSPOSE if op.transposed else FRAMED if op.framed else _CONV)[op.spatial or 0]
+            name = f"Conv{'Transpose' * op.transposed}{op.spatial}d"
+            cls = FRAMED[op.spatial or 0] if op.framed else getattr(nn, name)
             fields |= {"output_padding": op.output_padding} if op.transposed else {"padding_mode": mode}
             fields |= {"sides": op.padding} if op.framed else {}
     with torch.device("meta"):

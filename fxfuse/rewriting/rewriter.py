@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from fxfuse.algebra.constants import model_values
+from fxfuse.graph_edits import insert_check
 from fxfuse.planning.regions import Step, steps_of
 from fxfuse.planning.sites import Fuse, Plan, Rejoin, Segment, some_branches
 from fxfuse.planning.size_answers import answers
@@ -16,9 +18,7 @@ from fxfuse.reading.view import View
 from fxfuse.rewriting.assemble import Rewritten
 from fxfuse.rewriting.emitter import Emitter
 from fxfuse.rewriting.feasible import feasible
-from fxfuse.rewriting.literals import write_numbers
-from fxfuse.rewriting.runtime_checks import RankChecks
-from fxfuse.rewriting.sweep import redirect_readers, sweep
+from fxfuse.rewriting.sweep import redirect_readers, sweep, write_numbers
 from fxfuse.rewriting.wide_layers import Wide
 
 
@@ -44,7 +44,7 @@ class _Rewriter:
 
     def __init__(self, emitter: Emitter, wide: Wide) -> None:
         self.emitter, self.graph, self.view, self.wide = emitter, emitter.graph, emitter.view, wide
-        self.checks = RankChecks(self.view, emitter.current)
+        self.check = cache(partial(insert_check, self.graph))  # each once
         self.emitted: dict[Node, tuple[Fuse, Node]] = {}
 
     def emit(self, value: Node, segments: tuple[Segment, ...]) -> tuple[Node, float]:
@@ -72,7 +72,7 @@ class _Rewriter:
         moved = any(isinstance(p, Step) and p.moved for s in segments if isinstance(s, Fuse) for p in s.parts)
         if affine.op.kind == "commuting" and moved:
             node.target = RESHAPES.get(node.target, node.target)
-            self.checks.check(self.emitter.current(affine.inputs[0][0]), affine.assumes)
+            self.check(self.emitter.current(affine.inputs[0][0]), affine.assumes)
 
     def _rejoin(self, segment: Rejoin, source: Node) -> Node:
         """The join of what its pieces became; the same node where none of them was merged."""
@@ -113,7 +113,7 @@ class _Rewriter:
     def _layer_call(self, fuse: Fuse, source: Node, before: Node) -> Node:
         """Call the layer of a fused stretch on `source`, right before node `before`."""
         op, nodes, emitter = fuse.op, fuse.nodes, self.emitter
-        self.checks.of_layer(source, fuse)
+        self._check_layer(source, fuse)
         before = emitter.place(fuse, before)
         x = self.wide.slice_of(fuse, source)
         with self.graph.inserting_before(before):
@@ -130,6 +130,21 @@ class _Rewriter:
         emitter.describe(x, nodes, op.path)
         emitter.condemned.update(nodes, *(self.view.affine[n].extra for n in nodes if n in self.view.affine))
         return x
+
+    def _check_layer(self, source: Node, fuse: Fuse) -> None:
+        """Check when the model runs what a merge took for granted: ranks, and channels; the layer reads `source`."""
+        affine, current = self.view.affine, self.emitter.current
+        steps = [s for p in fuse.parts for s in steps_of(p)]
+        moved = {s.node: affine[s.node].inputs[0][0] for s in steps if s.moved and s.node is not None}
+        for node in (n for n in fuse.nodes if n in affine):
+            where = moved.get(node)
+            reads = source if where is None else current(where)
+            self.check(reads, affine[node].assumes)
+            if affine[node].width is not None:  # of what the layer reads, a run of which may be all that the factor met
+                width = fuse.op.in_channels if where is None else affine[node].width
+                self.check(reads, width, -(affine[node].op.spatial or 0) - 1)
+            if where in affine and affine[where].kind != "unary":  # a join whose branches it has moved into
+                self.check(current(where), affine[where].assumes)
 
     def _pooled(self, x: Node, fuse: Fuse, pool: Node) -> Node:
         """What `pool` makes of `x` instead of its own input, and the bias added to it."""

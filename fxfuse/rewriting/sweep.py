@@ -1,4 +1,4 @@
-"""What is left of a graph once layers stand in it: readers redirected, and all erased that nobody reads any more."""
+"""What is left of a graph where layers stand: numbers written in, readers redirected, all erased that nobody reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from fxfuse.names import is_aten
 from fxfuse.ops import schema
@@ -14,6 +14,20 @@ from fxfuse.ops.call import SEVERAL
 from fxfuse.ops.value_kinds import is_number, rank_check, shape_reader
 from fxfuse.planning.sites import Fuse
 from fxfuse.reading.view import View
+
+
+def write_numbers(constants: Mapping[Node, Any]) -> set[Node]:
+    """Replace every constant integer and float among the arguments of what is no constant; what nobody reads now.
+
+    `pad_same(x, self.weight.shape[-2:])` keeps a weight alive for the sake of its size, long after the convolution
+    it belongs to has become another one; with the number itself in the graph nobody holds the weight any more.
+    """
+    numbers, unread = {n: v for n, v in constants.items() if type(v) in (int, float)}, set[Node]()
+    for user in {u for n in numbers for u in n.users if u not in constants}:
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: numbers.get(n, n))
+    for node in reversed(numbers):
+        unread |= {node} if unread.issuperset(node.users) else set()
+    return unread
 
 
 def redirect_readers(emitted: Mapping[Node, tuple[Fuse, Node]], current: Callable[[Node], Node]) -> None:

@@ -1,7 +1,8 @@
-"""Tensors given by keyword, put where the signature has them: `pool(input=y)` becomes `pool(y)`.
+"""What is done to every graph before it is read: tensors put where the signature has them, identities taken out.
 
-So whoever reads a call finds its tensors by their position, as most of PyTorch is called, and the signature of each
-function and module is asked in one place. Numbers stay keywords: those are read by their names.
+`pool(input=y)` becomes `pool(y)`. So whoever reads a call finds its tensors by their position, as most of PyTorch is
+called, and the signature of each function and module is asked in one place. Numbers stay keywords: those are read by
+their names.
 """
 
 from __future__ import annotations
@@ -15,11 +16,22 @@ from torch._jit_internal import boolean_dispatched
 from torch.fx import Node
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
+from fxfuse.capture.captured import Captured
 from fxfuse.graph_edits import Editor
-from fxfuse.ops.modules import has_hooks
+from fxfuse.ops.modules import has_hooks, runs
 
 
-def by_position(editor: Editor) -> None:
+def tidy(captured: Captured) -> None:
+    """Give tensors by position, and take out each `nn.Identity` that does nothing else."""
+    editor = Editor(captured)
+    _by_position(editor)
+    for node in list(editor.graph.nodes):
+        alone = node.op == "call_module" and len(node.args) == 1
+        if alone and runs(captured.modules[str(node.target)]) is nn.Identity:
+            editor.replace(node, node.args[0])
+
+
+def _by_position(editor: Editor) -> None:
     """Rewrite every call of a function or module that takes a tensor by keyword, where its signature is known."""
     for node in editor.graph.nodes:
         if not node.kwargs or node.op not in ("call_function", "call_module"):
