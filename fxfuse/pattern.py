@@ -34,11 +34,11 @@ RELATIONS: dict[str, Callable[[Operator, Operator], Operator | Refusal]] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A model that shows a pattern firing, or refusing with `reason` (a regular expression)."""
+    """A model that shows a pattern firing, or refusing with `reason` (a regular expression), and its input's shape."""
 
     title: str
     build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = (2, 3, 7, 6)
     reason: str = ""
     patterns: tuple[str, ...] | None = None
 

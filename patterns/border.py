@@ -9,7 +9,7 @@ and concatenate with their convolutions. They cost 1 / (channels * batch) of the
 
 from __future__ import annotations
 
-from torch import nn
+from torch.nn import AvgPool2d, BatchNorm2d, Conv2d, Sequential
 
 from fxfuse.algebra.border import matches, wide
 from fxfuse.algebra.chain import product, same_layout
@@ -61,33 +61,31 @@ class Border(Pattern):
     examples = (
         Example(
             "1x1 with bias before a padded 3x3",
-            lambda: nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 3, padding=1)),
+            lambda: Sequential(Conv2d(2, 8, 1), Conv2d(8, 2, 3, padding=1)),
             (2, 2, 7, 6),
         ),
         Example(
             "a branch of batch norm and padded average pool beside a 3x3",
             lambda: Model(
                 lambda x, conv, pool: conv(x) + pool(x),
-                nn.Conv2d(16, 16, 3, padding=1),
-                nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.AvgPool2d(3, 1, 1)),
+                Conv2d(16, 16, 3, padding=1),
+                Sequential(Conv2d(16, 16, 1), BatchNorm2d(16), AvgPool2d(3, 1, 1)),
             ),
             (2, 16, 7, 6),
         ),
         Example(
             "batch norm before a zero-padded convolution, merged whatever it costs",
-            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, padding=1)),
-            (2, 3, 7, 6),
+            lambda: Sequential(BatchNorm2d(3), Conv2d(3, 5, 3, padding=1)),
             patterns=("border!",),
         ),
         Example(
             "batch norm before a zero-padded convolution",
-            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, padding=1)),
-            (2, 3, 7, 6),
+            lambda: Sequential(BatchNorm2d(3), Conv2d(3, 5, 3, padding=1)),
             reason="would cost more",
         ),
         Example(
             "a 3x3 before a padded 3x3",
-            lambda: nn.Sequential(nn.Conv2d(2, 8, 3), nn.Conv2d(8, 2, 3, padding=1)),
+            lambda: Sequential(Conv2d(2, 8, 3), Conv2d(8, 2, 3, padding=1)),
             (2, 2, 7, 6),
             reason="more than one tap made",
         ),

@@ -8,7 +8,7 @@ IV). Smaller kernels are padded with zero taps. Where each branch reads a run of
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch.nn import BatchNorm2d, Conv2d, ReLU, Sequential
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Model, Pattern, register
@@ -27,24 +27,24 @@ class Concat(Pattern):
     examples = (
         Example(
             "two 3x3 of one input",
-            lambda: Model(lambda x, f, g: torch.cat([f(x), g(x)], 1), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)),
-            (2, 3, 6, 7),
+            lambda: Model(lambda x, f, g: torch.cat([f(x), g(x)], 1), Conv2d(3, 4, 3), Conv2d(3, 5, 3)),
         ),
         Example(
             "split, transform, concatenate",
-            lambda: nn.Sequential(
-                nn.BatchNorm2d(6),
-                nn.ReLU(),
-                Model(lambda x, f, g: torch.cat([f(x[:, :3]), g(x[:, 3:])], 1), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)),
+            lambda: Sequential(
+                BatchNorm2d(6),
+                ReLU(),
+                Model(
+                    lambda x, f, g: torch.cat([f(x.chunk(2, 1)[0]), g(x.chunk(2, 1)[1])], 1),
+                    Conv2d(3, 4, 3),
+                    Conv2d(3, 4, 3),
+                ),
             ),
             (2, 6, 6, 7),
         ),
         Example(
             "a 1x1 beside a 3x3",
-            lambda: Model(
-                lambda x, f, g: torch.cat([f(x), g(x)], 1), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
-            ),
-            (2, 3, 6, 7),
+            lambda: Model(lambda x, f, g: torch.cat([f(x), g(x)], 1), Conv2d(3, 4, 1), Conv2d(3, 4, 3, padding=1)),
             reason="would cost more",
         ),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Conv2d
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Model, Pattern, register
@@ -31,11 +32,10 @@ class ConstantWeight(Pattern):
         return f.computed
 
     examples = (
-        Example("weight standardization", lambda: Model(_standardized, nn.Conv2d(3, 5, 3)), (2, 3, 6, 7)),
+        Example("weight standardization", lambda: Model(_standardized, Conv2d(3, 5, 3))),
         Example(
             "a weight that depends on the input",
-            lambda: Model(lambda x, conv: F.conv2d(x, conv.weight * x.mean(), conv.bias), nn.Conv2d(3, 5, 3)),
-            (2, 3, 6, 7),
+            lambda: Model(lambda x, conv: F.conv2d(x, conv.weight * x.mean(), conv.bias), Conv2d(3, 5, 3)),
             reason="computed from data",
         ),
     )

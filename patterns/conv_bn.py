@@ -9,7 +9,7 @@ the bias; that is exact only where the convolution does not pad, since padded ze
 
 from __future__ import annotations
 
-from torch import nn
+from torch.nn import BatchNorm2d, Conv2d, ConvTranspose2d, Sequential
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
@@ -30,32 +30,21 @@ class ConvBN(Pattern):
         return "scale" in kinds and kinds <= {"scale", "conv"} and g.law != "repeated"
 
     examples = (
-        Example(
-            "batch norm after a convolution",
-            lambda: nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5)),
-            (2, 3, 7, 6),
-        ),
-        Example(
-            "batch norm before a convolution without padding",
-            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3)),
-            (2, 3, 7, 6),
-        ),
+        Example("batch norm after a convolution", lambda: Sequential(Conv2d(3, 5, 3, padding=1), BatchNorm2d(5))),
+        Example("batch norm before a convolution without padding", lambda: Sequential(BatchNorm2d(3), Conv2d(3, 5, 3))),
         Example(
             "two batch norms after a transposed convolution",
-            lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 2, stride=2), nn.BatchNorm2d(3), nn.BatchNorm2d(3)),
-            (2, 3, 5, 4),
+            lambda: Sequential(ConvTranspose2d(3, 3, 2, stride=2), BatchNorm2d(3), BatchNorm2d(3)),
         ),
         Example(
             "batch norm before a zero-padded convolution",
-            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, padding=1)),
-            (2, 3, 7, 6),
+            lambda: Sequential(BatchNorm2d(3), Conv2d(3, 5, 3, padding=1)),
             reason="pads with a value that is not the bias of the first",
             patterns=("conv_bn",),
         ),
         Example(
             "batch statistics",
-            lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, track_running_stats=False)),
-            (2, 3, 7, 6),
+            lambda: Sequential(Conv2d(3, 5, 3), BatchNorm2d(5, track_running_stats=False)),
             reason="statistics of the batch",
         ),
     )

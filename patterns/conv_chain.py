@@ -7,7 +7,7 @@ al. 2021, transform III). A constant padding, a run of channels and a permutatio
 
 from __future__ import annotations
 
-from torch import nn
+from torch.nn import BatchNorm2d, Conv2d, Linear, Sequential, ZeroPad2d
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Pattern, register
@@ -32,27 +32,21 @@ class ConvChain(Pattern):
     examples = (
         Example(
             "1x1 without bias before a padded 3x3 that halves the channels",
-            lambda: nn.Sequential(nn.Conv2d(2, 8, 1, bias=False), nn.Conv2d(8, 2, 3, padding=1)),
+            lambda: Sequential(Conv2d(2, 8, 1, bias=False), Conv2d(8, 2, 3, padding=1)),
             (2, 2, 7, 6),
         ),
-        Example(
-            "two linear layers through a wide middle", lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4)), (3, 4)
-        ),
-        Example(
-            "zero padding before a convolution",
-            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ZeroPad2d(2), nn.Conv2d(3, 4, 5)),
-            (2, 3, 6, 7),
-        ),
+        Example("two linear layers through a wide middle", lambda: Sequential(Linear(4, 16), Linear(16, 4)), (3, 4)),
+        Example("zero padding before a convolution", lambda: Sequential(BatchNorm2d(3), ZeroPad2d(2), Conv2d(3, 4, 5))),
         Example(
             "a 1x1 with bias before a padded 3x3",
-            lambda: nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 3, padding=1)),
+            lambda: Sequential(Conv2d(2, 8, 1), Conv2d(8, 2, 3, padding=1)),
             (2, 2, 7, 6),
             reason="not the bias of the first",
             patterns=("conv_chain",),
         ),
         Example(
             "a pair that is cheaper apart",
-            lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 8, 1)),
+            lambda: Sequential(Conv2d(8, 8, 3, groups=8, bias=False), Conv2d(8, 8, 1)),
             (2, 8, 7, 6),
             reason="would cost more",
         ),

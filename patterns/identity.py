@@ -7,7 +7,7 @@ a shift of x is the same with another diagonal. Dropout in eval mode is the iden
 
 from __future__ import annotations
 
-from torch import nn
+from torch.nn import BatchNorm2d, Conv2d, Dropout2d, Sequential
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Model, Pattern, register
@@ -28,26 +28,23 @@ class Identity(Pattern):
 
     examples = (
         Example(
-            "residual around a convolution",
-            lambda: Model(lambda x, conv: conv(x) + x, nn.Conv2d(4, 4, 3, padding=1)),
-            (2, 4, 6, 7),
+            "residual around a convolution", lambda: Model(lambda x, conv: conv(x) + x, Conv2d(3, 3, 3, padding=1))
         ),
         Example(
             "residual around a grouped convolution and its batch norm",
             lambda: Model(
-                lambda x, conv: conv(x) + x, nn.Sequential(nn.Conv2d(4, 4, 5, padding=2, groups=2), nn.BatchNorm2d(4))
+                lambda x, conv: conv(x) + x, Sequential(Conv2d(4, 4, 5, padding=2, groups=2), BatchNorm2d(4))
             ),
             (2, 4, 6, 7),
         ),
         Example(
             "residual around a convolution without padding broadcasts",
-            lambda: Model(lambda x, conv: conv(x) + x, nn.Conv2d(1, 4, 1)),
+            lambda: Model(lambda x, conv: conv(x) + x, Conv2d(1, 4, 1)),
             (2, 1, 6, 7),
             reason="channel counts",
         ),
         Example(
             "dropout between a convolution and its batch norm",
-            lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.Dropout2d(), nn.BatchNorm2d(5)),
-            (2, 3, 4, 5),
+            lambda: Sequential(Conv2d(3, 5, 1), Dropout2d(), BatchNorm2d(5)),
         ),
     )

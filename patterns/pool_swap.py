@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
+from torch.nn import AvgPool2d, BatchNorm2d, Conv2d, ReLU, Sequential
 
 from fxfuse.algebra.combine import meet
 from fxfuse.algebra.operator import Operator
@@ -46,23 +46,21 @@ class PoolSwap(Pattern):
         return replace(layer, law="unbiased", operands=(layer,), consts=(), bias=False)
 
     examples = (
-        Example(
-            "the transition of a DenseNet", lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.AvgPool2d(2)), (2, 4, 6, 7)
-        ),
+        Example("the transition of a DenseNet", lambda: Sequential(Conv2d(3, 2, 1), AvgPool2d(2))),
         Example(
             "the pool branch of an Inception module",
-            lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2), nn.ReLU()),
+            lambda: Sequential(AvgPool2d(3, 1, 1), Conv2d(8, 2, 1), BatchNorm2d(2), ReLU()),
             (2, 8, 6, 7),
         ),
         Example(
             "a convolution that widens",
-            lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(2, 8, 1)),
+            lambda: Sequential(AvgPool2d(3, 1, 1), Conv2d(2, 8, 1)),
             (2, 2, 6, 7),
             reason="more channels to average",
         ),
         Example(
             "a pool that pads without counting the padding",
-            lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Conv2d(8, 2, 1)),
+            lambda: Sequential(AvgPool2d(3, 1, 1, count_include_pad=False), Conv2d(8, 2, 1)),
             (2, 8, 6, 7),
             reason="no convolution",
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Conv2d, Linear
 
 from fxfuse.algebra.branches import concat
 from fxfuse.algebra.operator import Operator
@@ -58,17 +59,17 @@ class Siblings(Pattern):
         return concat((f, g))
 
     examples = (
-        Example("two 1x1 of one input", lambda: Model(_apart, nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)), (2, 8, 6, 7)),
-        Example("query, key and value", lambda: Model(_attention, *(nn.Linear(4, 4) for _ in range(3))), (2, 5, 4)),
+        Example("two 1x1 of one input", lambda: Model(_apart, Conv2d(8, 4, 1), Conv2d(8, 4, 1)), (2, 8, 6, 7)),
+        Example("query, key and value", lambda: Model(_attention, *(Linear(4, 4) for _ in range(3))), (2, 5, 4)),
         Example(
             "a 1x1 beside a 3x3",
-            lambda: Model(_apart, nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)),
+            lambda: Model(_apart, Conv2d(8, 4, 1), Conv2d(8, 4, 3, padding=1)),
             (2, 8, 6, 7),
             reason="different kernels",
         ),
         Example(
             "slices that are more than the input",
-            lambda: Model(_apart, nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)),
+            lambda: Model(_apart, Conv2d(4, 8, 1), Conv2d(4, 8, 1)),
             (2, 4, 6, 7),
             reason="would cost more than",
         ),
