@@ -131,9 +131,7 @@ def insert_check(graph: Graph, source: Node, size: int | None, axis: int | None 
     if size is None:
         return
     message = (RANK if axis is None else WIDTH).format(size)
-    with graph.inserting_after(source):
-        check = graph.call_function(torch._assert, (source, message))
-    with graph.inserting_before(check):
-        asked = ("dim", (source,)) if axis is None else ("size", (source, axis))
-        found = graph.call_method(*asked)
-        check.args = (graph.call_function(operator.eq, (found, size)), message)
+    asked = ("dim", (source,)) if axis is None else ("size", (source, axis))
+    with graph.inserting_before(source.next):
+        right = graph.call_function(operator.eq, (graph.call_method(*asked), size))
+        graph.call_function(torch._assert, (right, message))

@@ -1,10 +1,8 @@
 """Patterns: theorems about two neighbouring operators, and the registry that finds them.
 
-A pattern never sees a graph and never weighs cost. It says for two operators in a relation
-("chain": g after f; "sum" and "concat": two branches of one tensor; "siblings": two layers of one
-tensor that nothing joins; "swap": a layer and a pool in a row, in the other order; "alone": f by
-itself, given twice) whether it is about them (`matches`), what stands in the way (`refuse`), and what they become
-(`rewrite`, by default the algebra's law). The planner composes patterns and decides what pays.
+A pattern never sees a graph and never weighs cost. It says for two operators in a relation whether it is about them
+(`matches`), what stands in the way (`refuse`), and what they become (`rewrite`, by default the algebra's law). The
+planner composes patterns and decides what pays.
 """
 
 from __future__ import annotations
@@ -180,9 +178,7 @@ def select(names: Iterable[str] | str | None) -> Selection:
         if name not in everything:
             raise ValueError(f"unknown pattern {name!r}; known: {', '.join(everything)}")
         (out if str(text).startswith("-") else forced if str(text).endswith("!") else bare).add(name)
-    chosen = {n for n in everything if (n in bare or n in forced or not bare) and n not in out}
-    if names is not None and not picked:
-        chosen = set()
+    chosen = ({*everything} if names is None or (picked and not bare) else bare | forced) - out
     return Selection(
         {n: p for n, p in everything.items() if n in chosen},
         frozenset(forced | {n for n in chosen if everything[n].always}),

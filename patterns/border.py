@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from torch.nn import AvgPool2d, BatchNorm2d, Conv2d, Sequential
 
-from fxfuse.algebra.border import matches, wide
-from fxfuse.algebra.chain import product, same_layout
+from fxfuse.algebra.chain import pads_wide, pads_with_bias, product, same_layout
 from fxfuse.algebra.combine import meet
 from fxfuse.algebra.operator import Operator
 from fxfuse.pattern import Example, Model, Pattern, register
@@ -30,7 +29,7 @@ def needs_frame(f: Operator, g: Operator) -> bool:
     f, g = same_layout(f, g)
     if f.kind == "identity" or f.spatial != g.spatial or not g.pads or _refuse(f, g):
         return False
-    return not matches(f, g)
+    return not pads_with_bias(f, g)
 
 
 def _refuse(f: Operator, g: Operator) -> Refusal | None:
@@ -40,7 +39,7 @@ def _refuse(f: Operator, g: Operator) -> Refusal | None:
         return Refusal(f"{g.padding_mode} padding repeats what is inside: a frame is about constants")
     if f.pads:
         return Refusal("both of them pad: a frame is about one border")
-    return wide(f, g)
+    return pads_wide(f, g)
 
 
 @register

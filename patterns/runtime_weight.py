@@ -8,32 +8,27 @@ reads where its offsets say, and is linear in its weight: W' = W * s, b' = b * s
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import BatchNorm2d, Embedding, Linear
 
 from fxfuse.algebra.operator import Operator
-from fxfuse.pattern import Example, Pattern, register
+from fxfuse.pattern import Example, Model, Pattern, register
 
 
-class _Mixed(nn.Module):
-    """A kernel mixed for each sample, and a batch norm; `summed` adds the samples' own input between."""
+def _mixed(x: Tensor, attend: nn.Module, bank: Embedding, shifts: Embedding) -> Tensor:
+    """A convolution whose kernel is mixed for each sample."""
+    b, c, h, w = x.shape
+    attention = attend(x.mean((2, 3))).softmax(1)
+    weight, bias = (attention @ bank.weight).view(b * 4, 4, 3, 3), (attention @ shifts.weight).view(-1)
+    y = F.conv2d(x.reshape(1, b * c, h, w), weight, bias, padding=1, groups=b)
+    return y.view(b, 4, y.shape[2], y.shape[3])
 
-    def __init__(self, summed: bool = False) -> None:
-        super().__init__()
-        self.summed = summed
-        self.attend = nn.Linear(4, 3)
-        self.bank, self.shifts = nn.Parameter(torch.randn(3, 4 * 4 * 9)), nn.Parameter(torch.randn(3, 4))
-        self.norm = nn.BatchNorm2d(4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        attention = self.attend(x.mean((2, 3))).softmax(1)
-        weight, bias = (attention @ self.bank).view(b * 4, 4, 3, 3), (attention @ self.shifts).view(-1)
-        y = F.conv2d(x.reshape(1, b * c, h, w), weight, bias, padding=1, groups=b)
-        y = y.view(b, 4, y.shape[2], y.shape[3])
-        out: Tensor = self.norm(y + x.relu() if self.summed else y)
-        return out
+def _model(formula: Callable[..., Tensor]) -> Model:
+    return Model(formula, BatchNorm2d(4), Linear(4, 3), Embedding(3, 4 * 4 * 9), Embedding(3, 4))
 
 
 @register
@@ -47,10 +42,14 @@ class RuntimeWeight(Pattern):
         return g.law == "repeated" or (f.kind == "warp" and g.kind == "scale")
 
     examples = (
-        Example("batch norm after a dynamic convolution", _Mixed, (3, 4, 6, 5)),
+        Example(
+            "batch norm after a dynamic convolution",
+            lambda: _model(lambda x, norm, *mixing: norm(_mixed(x, *mixing))),
+            (3, 4, 6, 5),
+        ),
         Example(
             "something that is not linear joins before the batch norm",
-            lambda: _Mixed(summed=True),
+            lambda: _model(lambda x, norm, *mixing: norm(_mixed(x, *mixing) + x.relu())),
             (3, 4, 6, 5),
             reason="follows no convolution",
         ),

@@ -2,7 +2,8 @@
 
 With f: K1, s1, d1, P1 and g: K2, s2, d2, P2 it has stride s1*s2, padding P1 + s1*P2 and taps at
 i*d1 + j*d2*s1. Exact in a dim iff g does not pad it, or f has one tap there and the value f
-takes outside of its input (its bias) is the value that g pads with.
+takes outside of its input (its bias) is the value that g pads with. Where only these two differ, f has one tap and
+does not pad itself, the difference is the same at every position out of bounds: that is what a frame adds.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fxfuse.algebra import border, taps
+from fxfuse.algebra import taps
 from fxfuse.algebra.combine import Result, densify, made_of, meet
 from fxfuse.algebra.operator import Ints, Operator
+from fxfuse.algebra.proof import bias_is
 from fxfuse.refusal import Refusal
 
 
@@ -29,7 +31,7 @@ def compose(f: Operator, g: Operator) -> Result:
         return replace(g, dtype=g.dtype or f.dtype)
     if g.kind == "identity":
         return replace(f, dtype=f.dtype or g.dtype)
-    return _transposed(f, g) or border.refuse(f, g) or product(f, g)
+    return _transposed(f, g) or _at_border(f, g) or product(f, g)
 
 
 def same_layout(f: Operator, g: Operator) -> tuple[Operator, Operator]:
@@ -54,7 +56,7 @@ def product(f: Operator, g: Operator, frame: bool = False) -> Operator:
             groups=math.gcd(f.groups, g.groups),
             bias=f.bias or g.bias,
             padding_mode=f.padding_mode if f.pads else g.padding_mode,
-            pad_value=f.pad_value if f.pads else 0 if frame or (g.pads and border.matches(f, g)) else g.pad_value,
+            pad_value=f.pad_value if f.pads else 0 if frame or (g.pads and pads_with_bias(f, g)) else g.pad_value,
             framed=frame or f.framed or g.framed,
         )
     )
@@ -71,6 +73,50 @@ def _transposed(f: Operator, g: Operator) -> Refusal | None:
     return None
 
 
+def pads_with_bias(f: Operator, g: Operator) -> bool:
+    """Whether f, fed zeros, gives on every channel the value that g pads with."""
+    if not f.bias:
+        return isinstance(g.pad_value, (int, float)) and g.pad_value == 0
+    return bias_is(f, g.pad_value)
+
+
+def _at_border(f: Operator, g: Operator) -> Refusal | None:
+    """What keeps g(f(x)) from being one operator at the border."""
+    if not g.pads or g.transposed:
+        return None
+    if refusal := pads_wide(f, g):
+        return refusal
+    if g.padding_mode != "zeros":
+        plain = not f.pads and all(f.stride[d] == 1 for d in _padded(g))
+        return None if plain else Refusal(f"{g.padding_mode} padding after a stride or another padding")
+    if f.pads and (f.padding_mode != "zeros" or f.pad_value != 0 or f.framed):
+        return Refusal("two paddings of different values meet")
+    if f.pads and g.framed:
+        return Refusal("both of them pad: a frame is about one border")
+    if not pads_with_bias(f, g):
+        return Refusal(
+            "the second one pads with a value that is not the bias of the first: the border would differ",
+            detail=f"{f.describe()} then {g.describe()}",
+            remedy="drop the first bias, pad before the first layer, or pad with its bias",
+        )
+    return None
+
+
+def _padded(g: Operator) -> list[int]:
+    return [d for d, p in enumerate(g.padding) if p != (0, 0)]
+
+
+def pads_wide(f: Operator, g: Operator) -> Refusal | None:
+    """The refusal of a g that pads what more than one tap of f made."""
+    if any(f.kernel[d] != 1 for d in _padded(g)):
+        return Refusal(
+            "the second one pads what a kernel of more than one tap made: the border would differ",
+            detail=f"{f.describe()} then {g.describe()}",
+            remedy="put the whole padding in the first layer and none in the second",
+        )
+    return None
+
+
 def _select_rows(f: Operator, rows: Ints | None) -> Operator:
     """f with only the output channels `rows`, in that order."""
     if rows is None:
@@ -81,20 +127,17 @@ def _select_rows(f: Operator, rows: Ints | None) -> Operator:
     whole = f.groups > 1 and all(len(c) == per_group and len({r // per_group for r in c}) == 1 for c in chunks)
     if whole:
         source = f.reads if f.reads is not None else tuple(range(f.in_channels))
-        reads = tuple(
-            source[i] for c in chunks for i in range(c[0] // per_group * width, (c[0] // per_group + 1) * width)
-        )
-        groups = len(chunks)
+        starts = [c[0] // per_group * width for c in chunks]
+        reads, groups = tuple(i for start in starts for i in source[start : start + width]), len(chunks)
     else:
         f = densify(f, 1)
         reads, groups = f.reads or tuple(range(f.in_channels)), 1
-    all_in_order = reads == tuple(range(f.in_channels))
     return replace(
         f,
         **made_of("rows", f) | {"consts": (("rows", rows),)},
         out_channels=len(rows),
         groups=groups,
-        reads=None if all_in_order else reads,
+        reads=None if reads == tuple(range(f.in_channels)) else reads,
     )
 
 

@@ -71,7 +71,9 @@ def _frame(op: Operator, f: Operator, g: Operator, parts: list[Numbers], source:
     if one.frame is not None:
         lacks = one.frame.flatten(1)
     elif g.pads:
-        first = _padded_value(g, weight, source) - (0 if one.bias is None else one.bias)
+        padded = double(evaluate(g.pad_value, source)).to(weight.device).reshape(-1)  # for all channels, or for each
+        padded = padded if g.reads is None or len(padded) == 1 else padded[list(g.reads)]
+        first = padded - (0 if one.bias is None else one.bias)
         lacks = torch.cat([first.expand(f.out_channels)[:, None], lacks[:, 1:]], 1)
     both = torch.promote_types(weight.dtype, lacks.dtype)  # a padding is real where layers are complex
     weight, lacks = _split(weight.to(both), g.groups), _split(lacks.to(both), g.groups)
@@ -79,12 +81,6 @@ def _frame(op: Operator, f: Operator, g: Operator, parts: list[Numbers], source:
     if two.frame is not None:
         wide[:, :, 0] += two.frame.flatten(1)
     return taps.placed(op, f, g, wide[..., None])
-
-
-def _padded_value(g: Operator, like: Tensor, source: Values) -> Tensor:
-    """What g pads each channel that it reads with, or all of them."""
-    padded = double(evaluate(g.pad_value, source)).to(like.device).reshape(-1)
-    return padded if g.reads is None or len(padded) == 1 else padded[list(g.reads)]
 
 
 def _multiplied(rows: Tensor, columns: Tensor) -> Tensor:

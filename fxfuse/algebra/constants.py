@@ -7,7 +7,6 @@ the tree is evaluated again whenever the weights change: that is what keeps a pl
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,14 +112,3 @@ def model_values(model: nn.Module, extra: Mapping[str, Tensor]) -> Values:
         return tensor.detach()
 
     return lookup
-
-
-def probe_values(attr: Attr) -> Tensor:
-    """A random positive float64 tensor that depends on the leaf's path alone.
-
-    Two expressions that agree on it are the same analytic function of the weights (with
-    probability one), so an identity such as "the padded value is the bias" is proved for every
-    set of weights and without reading any.
-    """
-    generator = torch.Generator().manual_seed(zlib.crc32(attr.path.encode()))
-    return torch.rand(attr.shape, generator=generator, dtype=torch.float64) + 0.5

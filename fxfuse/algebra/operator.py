@@ -75,13 +75,8 @@ class Operator:
     @property
     def pointwise(self) -> bool:
         """One tap, stride 1, no padding: the value at a position depends on that position alone."""
-        return (
-            not self.transposed
-            and self.kind != "warp"
-            and all(k == 1 for k in self.kernel)
-            and all(s == 1 for s in self.stride)
-            and not self.pads
-        )
+        ones = all(n == 1 for n in (*self.kernel, *self.stride))
+        return ones and not (self.transposed or self.pads or self.kind == "warp")
 
     @property
     def depthwise(self) -> bool:
@@ -116,7 +111,7 @@ class Operator:
 
     @property
     def params(self) -> int:
-        return (self.macs + self.bias * self.out_channels) if self.weighted else 0
+        return self.macs + self.weighted * self.bias * self.out_channels
 
     @property
     def frame_conv(self) -> Operator:

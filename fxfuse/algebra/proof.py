@@ -7,6 +7,7 @@ kind agree on a random point with probability zero.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.algebra.constants import Apply, Attr, Const, Sequence, Values, evaluate, leaves, probe_values
+from fxfuse.algebra.constants import Apply, Attr, Const, Sequence, Values, evaluate, leaves
 from fxfuse.algebra.numbers import compute
 from fxfuse.algebra.operator import Operator
 from fxfuse.algebra.terms import double
@@ -48,11 +49,13 @@ def _equal(op: Operator, value: Const, values: Values) -> bool:
 def _point(number: int, variances: set[str]) -> Values:
     """Random weights of both signs, or sqrt(b * b) would pass for b; only variances are positive."""
 
+    def positive(attr: Attr, of: str) -> Tensor:  # that depends on the path of the leaf alone
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{of}{attr.path}@{number}".encode()))
+        return torch.rand(attr.shape, generator=generator, dtype=torch.float64) + 0.5
+
     def values(attr: Attr) -> Tensor:
-        size = probe_values(replace(attr, path=f"{attr.path}@{number}"))
-        if attr.path in variances:
-            return size
-        return torch.where(probe_values(replace(attr, path=f"sign of {attr.path}@{number}")) < 1, -size, size)
+        size = positive(attr, "")
+        return size if attr.path in variances else torch.where(positive(attr, "sign of ") < 1, -size, size)
 
     return values
 
@@ -73,9 +76,7 @@ def _terms(const: Any) -> Any:
         return replace(const, items=tuple(_terms(i) for i in const.items))
     if not isinstance(const, Apply):
         return const
-    function = const.function
-    name = plain(function)
-    if name.strip("_") not in ARITHMETIC:
+    if plain(const.function).strip("_") not in ARITHMETIC:
         return Attr(repr(const), const.shape, const.dtype)
     kwargs = tuple((k, _terms(v)) for k, v in const.kwargs)
     return replace(const, args=tuple(_terms(a) for a in const.args), kwargs=kwargs)

@@ -84,20 +84,17 @@ def _plain(view: View, node: Node) -> bool:
 
 def _groups(view: View, tree: _Tree, patterns: Selection, price: CostFunction) -> list[list[int]]:
     """The summands by number, those together that can be one layer that costs no more than they do."""
-    groups, merged = list[list[int]](), list[tuple[Node, Operator]]()
+    groups = list[tuple[list[int], Node, Operator]]()
     for number, leaf in enumerate(tree.leaves):
         source, op = _branch(view, leaf, patterns)
-        for group, (other, whole) in zip(groups, merged, strict=True):
+        for at, (group, other, whole) in enumerate(groups):
             fits = other is source and len(group) < LARGEST
-            both = _one(patterns, price, whole, op) if fits else None
-            if both is not None:
-                group.append(number)
-                merged[groups.index(group)] = (source, both)
+            if fits and (both := _one(patterns, price, whole, op)) is not None:
+                groups[at] = ([*group, number], source, both)
                 break
         else:
-            groups.append([number])
-            merged.append((source, op))
-    return groups
+            groups.append(([number], source, op))
+    return [group for group, _, _ in groups]
 
 
 def _branch(view: View, leaf: Node, patterns: Selection) -> tuple[Node, Operator]:
@@ -128,10 +125,8 @@ def _rewrite(tree: _Tree, groups: list[list[int]], editor: Editor) -> None:
     def add(a: Node, b: Node, like: Node | None = None) -> Node:
         return editor.call(tree.root, operator.add, (a, b), tree.root, like)
 
-    def alike(a: Node, b: Node) -> Node:
-        return add(a, b, like=a)
-
-    parts = [reduce(alike, [tree.leaves[i] for i in group]) for group in groups]  # one layer gives one shape
+    leaves = ([tree.leaves[i] for i in group] for group in groups)
+    parts = [reduce(lambda a, b: add(a, b, like=a), group) for group in leaves]  # one layer gives one shape
     whole = reduce(add, parts)  # what else is summed may be of another
     editor.same_shape(whole, like=tree.root)
     editor.replace(tree.root, whole)

@@ -47,18 +47,17 @@ def _by_position(editor: Editor) -> None:
 
 def _names(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """The names of the parameters that may be given by position, of each signature that there is."""
+    target: Any = node.target
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        if has_hooks(module):  # which may be told of keywords
+        if has_hooks(modules[target]):  # which may be told of keywords
             return
-        found: list[inspect.Signature] = [inspect.signature(module.forward)]
-    else:
-        target: Any = node.target
-        target = boolean_dispatched[target]["if_false"] if target in boolean_dispatched else target
-        try:
-            found = [inspect.signature(target)]
-        except (TypeError, ValueError):  # a function in C
-            found = get_signature_for_torch_op(target) or []
+        target = modules[target].forward
+    elif target in boolean_dispatched:
+        target = boolean_dispatched[target]["if_false"]
+    try:
+        found = [inspect.signature(target)]
+    except (TypeError, ValueError):  # a function in C
+        found = get_signature_for_torch_op(target) or []
     for signature in found:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         yield [p.name for p in signature.parameters.values() if p.kind in kinds]

@@ -72,9 +72,8 @@ class Wide:
         """Concatenate what was sliced apart by one slice, or by none where it is the whole."""
         for node in list(self.graph.nodes) if self.cut else ():
             affine = self.view.affine.get(node)
-            joined = affine is not None and affine.kind == "concat" and node.args and node.users
-            parts = node.args[0] if joined else None
-            if affine is None or not isinstance(parts, (list, tuple)):
+            parts = node.args[0] if node.args and node.users else None
+            if affine is None or affine.kind != "concat" or not isinstance(parts, (list, tuple)):
                 continue
             inputs = self._united(parts, -(affine.spatial or 0) - 1, node)
             if len(inputs) < len(parts):

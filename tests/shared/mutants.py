@@ -9,7 +9,7 @@ from typing import Any
 import fxfuse.patterns.border
 import pytest
 
-import fxfuse.algebra.border
+import fxfuse.algebra.chain
 import fxfuse.algebra.chain_numbers
 import fxfuse.algebra.combine
 import fxfuse.algebra.numbers
@@ -77,7 +77,7 @@ def no_hooks(patch: Patch) -> None:
 
 
 def no_border(patch: Patch) -> None:
-    patch.setattr(fxfuse.algebra.border, "refuse", lambda f, g: None)
+    patch.setattr(fxfuse.algebra.chain, "_at_border", lambda f, g: None)
     patch.setattr(fxfuse.patterns.border, "needs_frame", lambda f, g: False)
 
 
