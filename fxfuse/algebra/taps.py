@@ -33,10 +33,10 @@ def of_chain(f: Operator, g: Operator) -> dict[str, Any]:
 def _chained(f: Operator, g: Operator, dim: int) -> tuple[int, int]:
     k1, k2 = f.kernel[dim], g.kernel[dim]
     d1, d2 = f.dilation[dim], g.dilation[dim] * (1 if f.transposed else f.stride[dim])
-    if k2 == 1:
-        return k1, d1
-    if k1 == 1:
-        return k2, d2
+    if k1 == k2 == 1:  # of one tap it says nothing, but output_padding may be as large as it allows
+        return 1, max(d1, d2)
+    if 1 in (k1, k2):
+        return (k1, d1) if k2 == 1 else (k2, d2)
     step = math.gcd(d1, d2)
     return ((k1 - 1) * d1 + (k2 - 1) * d2) // step + 1, step
 
@@ -57,7 +57,7 @@ def united(ops: Sequence[Operator]) -> dict[str, Any] | Refusal:
         step = math.gcd(*(o - start for o in offsets)) or 1
         # one tap more at the far end keeps the size right when every branch stops short of it
         taps = max((offsets[-1] - start) // step, -(-(-start - more) // step)) + 1
-        grid.append((taps, step if taps > 1 else 1, (-start, more + step * (taps - 1) + start)))
+        grid.append((taps, step if taps > 1 else max(o.dilation[d] for o in ops), (-start, more + step * (taps - 1) + start)))
     kernel, dilation, padding = zip(*grid, strict=True)
     return {"kernel": kernel, "dilation": dilation, "padding": padding}
 

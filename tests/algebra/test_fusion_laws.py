@@ -73,6 +73,10 @@ def test_linear_layers_obey_the_same_laws(name: str) -> None:
     check(build, inputs(4, 0), executed, **layout(name))
 
 
+def one_tap(channels: int, kernel: tuple[int, int], dilation: int) -> nn.Module:
+    return nn.ConvTranspose2d(channels, 6, kernel, dilation=dilation, output_padding=dilation - 1)
+
+
 SUMS: dict[str, Build] = {
     "3x3 + 1x1": lambda: Sum([C2(4, 6, 3, padding=1), C2(4, 6, 1)], [1]),
     "5x5 - 3x3": lambda: Sum([C2(4, 6, 5, padding=2), C2(4, 6, 3, padding=1)], [-1]),
@@ -102,6 +106,7 @@ SUMS: dict[str, Build] = {
     "x - conv": lambda: Sum([nn.Identity(), C2(4, 4, 3, padding=1)], [-1]),
     "x + x + conv": lambda: Sum([nn.Identity(), nn.Identity(), C2(4, 4, 3, padding=1)], [1, 1]),
     "conv of x + x": lambda: seq(Sum([nn.Identity(), nn.Identity()], [1]), C2(4, 6, 3, padding=1)),
+    "one tap, transposed, twice": lambda: Sum([one_tap(4, (3, 1), 2) for _ in range(2)], [-1]),
     "transposed + transposed": lambda: Sum([nn.ConvTranspose2d(4, 6, 3, 2, 1) for _ in range(2)], [-1]),
     "sum before a conv": lambda: seq(Sum([C2(4, 3, 1, bias=False) for _ in range(2)], [2]), C2(3, 5, 3, padding=1)),
     "sum after a conv": lambda: seq(C2(4, 4, 1, bias=False), Sum([C2(4, 4, 3, padding=1), nn.Identity()], [1])),
@@ -167,6 +172,10 @@ CHAINS: dict[str, Build] = {
     "conv -> shuffle": lambda: seq(C2(4, 6, 3, padding=1), nn.ChannelShuffle(3)),
     "grouped -> shuffle -> grouped": lambda: seq(C2(4, 4, 1, groups=2), nn.ChannelShuffle(2), C2(4, 4, 1, groups=2)),
     "bn -> flip -> conv": lambda: seq(BN2(4), flip(), C2(4, 6, 3)),
+    # output_padding may be as large as the stride or the dilation, be it that of a single tap
+    "1x1 -> one tap, transposed": lambda: seq(C2(4, 8, 1, bias=False), one_tap(8, (3, 1), 2)),
+    "factor -> one tap, transposed": lambda: seq(Affine(torch.tensor([2.0, -1, 4, 0.5]), 0, 2), one_tap(4, (1, 3), 2)),
+    "one tap, transposed -> bn -> 1x1": lambda: seq(one_tap(4, (1, 1), 3), BN2(6), C2(6, 5, 1)),
 }  # fmt: skip
 
 
