@@ -57,9 +57,9 @@ def united(ops: Sequence[Operator]) -> dict[str, Any] | Refusal:
         step = math.gcd(*(o - start for o in offsets)) or 1
         # one tap more at the far end keeps the size right when every branch stops short of it
         taps = max((offsets[-1] - start) // step, -(-(-start - more) // step)) + 1
-        grid.append((taps, step if taps > 1 else max(o.dilation[d] for o in ops), (-start, more + step * (taps - 1) + start)))
-    kernel, dilation, padding = zip(*grid, strict=True)
-    return {"kernel": kernel, "dilation": dilation, "padding": padding}
+        dilation = step if taps > 1 else max(o.dilation[d] for o in ops)
+        grid.append((taps, dilation, (-start, more + step * (taps - 1) + start)))
+    return dict(zip(("kernel", "dilation", "padding"), zip(*grid, strict=True), strict=True))
 
 
 def places(op: Operator, branch: Operator, inner: tuple[slice, ...] = ()) -> tuple[slice, ...]:

@@ -12,6 +12,7 @@ from itertools import combinations
 
 Price = tuple[int, Fraction, int]
 Group = tuple[int, ...]
+PriceOf = Callable[[Group], Price | None]
 FREE: Price = (0, Fraction(0), 0)
 NODE: Price = (0, Fraction(0), 1)
 EXACT = 6  # groups up to which every partition is tried
@@ -21,14 +22,13 @@ def plus(*prices: Price) -> Price:
     return sum(p[0] for p in prices), sum((p[1] for p in prices), Fraction(0)), sum(p[2] for p in prices)
 
 
-def partition(count: int, price: Callable[[Group], Price | None]) -> list[Group]:
+def partition(count: int, price: PriceOf) -> list[Group]:
     """Cheapest partition of `count` branches; `price` is None for a group that cannot be one operator.
 
     More than EXACT branches are first merged greedily. A tie merges less.
     """
     units: list[Group] = [(i,) for i in range(count)]
-    if len(units) > EXACT:
-        units = _greedy(units, price)
+    units = _greedy(units, price) if count > EXACT else units
     if len(units) > EXACT:
         return units
 
@@ -48,26 +48,27 @@ def partition(count: int, price: Callable[[Group], Price | None]) -> list[Group]
     return solve(tuple(range(len(units))))[1]
 
 
-def _greedy(groups: list[Group], price: Callable[[Group], Price | None]) -> list[Group]:
+def _greedy(groups: list[Group], price: PriceOf) -> list[Group]:
     """Merge the first two groups that get cheaper by it, until no two do."""
-    while (pair := next((p for p in combinations(groups, 2) if _gains(*p, price)), None)) is not None:
+
+    def gains(a: Group, b: Group) -> bool:
+        together, one, two = price(a + b), price(a), price(b)
+        return together is not None and one is not None and two is not None and together < plus(one, two, NODE)
+
+    while pair := next((p for p in combinations(groups, 2) if gains(*p)), None):
         a, b = pair
         groups = [a + b if g == a else g for g in groups if g != b]
     return groups
 
 
-def _gains(a: Group, b: Group, price: Callable[[Group], Price | None]) -> bool:
-    together, one, two = price(a + b), price(a), price(b)
-    return together is not None and one is not None and two is not None and together < plus(one, two, NODE)
-
-
-def cut(count: int, price: Callable[[int, int], Price | None]) -> list[Group]:
-    """Cheapest cut of `count` branches, whose order counts, into runs i to j (inclusive)."""
+def cut(count: int, price: PriceOf) -> list[Group]:
+    """Cheapest cut of `count` branches, whose order counts, into runs; `price` as for `partition`."""
     best: list[tuple[Price, list[Group]]] = [(FREE, [])]
     for j in range(count):
         options = []
         for i in range(j, -1, -1):  # shortest run first: a tie merges less
-            if (alone := price(i, j)) is not None:
-                options.append((plus(best[i][0], alone, NODE), [*best[i][1], tuple(range(i, j + 1))]))
+            run = tuple(range(i, j + 1))
+            if (alone := price(run)) is not None:
+                options.append((plus(best[i][0], alone, NODE), [*best[i][1], run]))
         best.append(min(options, key=lambda o: o[0]))
     return best[-1][1]

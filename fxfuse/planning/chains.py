@@ -1,28 +1,30 @@
 """The cheapest cover of a chain by stretches that become one operator and parts that stay, by dynamic programming.
 
 As in matrix-chain multiplication, every contiguous stretch that the patterns can collapse exactly is a candidate. So a
-step that costs more alone is taken where it pays in the end.
+step that costs more alone is taken where it pays in the end. A part that is a join is first covered itself: each of its
+branches, and then the cheapest choice of branches to merge.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 
 from fxfuse.algebra import combine
 from fxfuse.algebra.operator import IDENTITY, Operator
 from fxfuse.planning import refusals_between
-from fxfuse.planning.branch_groups import FREE, Price, plus
+from fxfuse.planning.branch_groups import FREE, Group, Price, cut, partition, plus
 from fxfuse.planning.factor_orders import orders
 from fxfuse.planning.fusing import STEPS, TOO_LONG, WINDOW, Fusing, Option, Result
-from fxfuse.planning.joins import best_of_join
-from fxfuse.planning.regions import Chain, Join, Step
-from fxfuse.planning.sites import Fuse, Keep, Refused, Segment
+from fxfuse.planning.regions import Chain, Join, Part
+from fxfuse.planning.sites import Fuse, Refused, Rejoin, Segment
 from fxfuse.refusal import Refusal
 
 UNREACHED: Price = (10**9, Fraction(0), 0)
 NOT_ABSORBED: Price = (10**6, Fraction(0), 0)  # a moved factor that no layer takes: its node stands elsewhere
+_ORDER = ("warp", "conv", "pool", "pad", "select", "scale", "identity")  # in which the branches of a sum are merged
 
 
 def best_of_chain(fusing: Fusing, chain: Chain, area: Fraction) -> Option:
@@ -33,11 +35,8 @@ def best_of_chain(fusing: Fusing, chain: Chain, area: Fraction) -> Option:
 
 def _cover(fusing: Fusing, chain: Chain, area: Fraction) -> Option:
     """Best cover of the parts, and the operator of them all where there is one."""
-    options, areas = list[Option](), [area]
-    for part in chain.parts:
-        options.append(_option(fusing, part, areas[-1]))
-        areas.append(fusing.area_after(part, areas[-1]))
-    count = len(options)
+    areas, count = fusing.areas(chain.parts, area), len(chain.parts)
+    options = [_option(fusing, part, before) for part, before in zip(chain.parts, areas, strict=False)]
     best: list[tuple[Price, int, Fuse | None]] = [(FREE, 0, None), *[(UNREACHED, 0, None)] * count]
     whole: Result = IDENTITY
     for i in range(count):
@@ -72,10 +71,53 @@ def _cover(fusing: Fusing, chain: Chain, area: Fraction) -> Option:
     return Option(best[count][0], tuple(segments), whole, tuple(refused))
 
 
-def _option(fusing: Fusing, part: Step | Join, area: Fraction) -> Option:
+def _option(fusing: Fusing, part: Part, area: Fraction) -> Option:
     if isinstance(part, Join):
         branches = [best_of_chain(fusing, b, area) for b in part.branches]
-        return best_of_join(fusing, part, branches, fusing.area_after(part, area))
+        return _best_of_join(fusing, part, branches, fusing.area_after(part, area))
     executed = int(part.node is not None) + part.op.computed + combine.FRAME * part.op.framed
     price = fusing.price(part.op, fusing.area(part.node, area, part.op), executed, part.node)
-    return Option(NOT_ABSORBED if part.moved else price, (Keep(part),), part.op)
+    return Option(NOT_ABSORBED if part.moved else price, (part,), part.op)
+
+
+def _best_of_join(fusing: Fusing, join: Join, branches: list[Option], area: Fraction) -> Option:
+    """The join with those `branches` merged that pay; `area` are its output positions."""
+
+    @cache
+    def merged(group: Group) -> Result:
+        if len(group) > STEPS:
+            return Refusal("the branches are too many to be tried as one operator")
+        ops = [branches[i].op for i in group]
+        if join.kind == "sum":
+            ranked = sorted(ops, key=lambda op: -1 if isinstance(op, Refusal) else _ORDER.index(op.kind))
+            return fusing.combined("sum", ranked)
+        return ops[0] if len(ops) == 1 else fusing.combine("concat", merged(group[:-1]), ops[-1])
+
+    @cache
+    def best(group: Group) -> Option | None:
+        if len(group) == 1:
+            return branches[group[0]]
+        op, part = _on_axis(join, merged(group)), replace(join, branches=tuple(join.branches[i] for i in group))
+        found = fusing.fused(op, [part], area)
+        return None if isinstance(found, Refusal) else Option(found[0], (found[1],), op)
+
+    def price(group: Group) -> Price | None:
+        return None if (option := best(group)) is None else option.price
+
+    groups = (partition if join.kind == "sum" else cut)(len(branches), price)
+    options = [o for o in map(best, groups) if o is not None]
+    whole = _on_axis(join, merged(tuple(range(len(branches)))))
+    joins = len(groups) - 1 if join.kind == "sum" else int(len(groups) > 1)
+    total = plus(*(o.price for o in options), (0, Fraction(0), joins))
+    refused = [r for o in options for r in o.refused]
+    if len(groups) > 1:
+        refused += refusals_between.in_join(fusing, join, [o.op for o in options], whole, area)
+    elif isinstance(only := options[0].segments[0], Fuse):
+        return Option(total, (replace(only, parts=(join,)),), whole, tuple(refused))
+    return Option(total, (Rejoin(join, tuple(o.segments for o in options)),), whole, tuple(refused))
+
+
+def _on_axis(join: Join, op: Result) -> Result:
+    if isinstance(op, Refusal) or join.spatial in (None, op.spatial):
+        return op
+    return Refusal("the concatenated axis is not the channel axis of its inputs")

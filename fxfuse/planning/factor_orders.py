@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 from torch.fx import Node
 
 from fxfuse.algebra.operator import IDENTITY
-from fxfuse.planning.memory_order import ROWS, Order, norm_keeps, order_after, order_of_layer
-from fxfuse.planning.regions import Join, Step, first_spatial, part_nodes
-from fxfuse.reading.movable.commuting import undone
-from fxfuse.reading.movable.factor_ways import axes_of, passes
+from fxfuse.planning.regions import Join, Part, Step, nodes_of, steps_of
+from fxfuse.reading.movable.commuting import ROWS, Order, norm_keeps, order_after, order_of_layer, undone
+from fxfuse.reading.movable.factor_ways import axes_past, passes
 from fxfuse.reading.view import View
-
-Part = Step | Join
 
 
 def orders(parts: list[Part], view: View) -> Iterator[list[Part]]:
@@ -45,7 +42,7 @@ def _order(parts: list[Part], up: bool, view: View) -> list[Part]:
             continue
         after = isinstance(part, Join) or (part is not None and part.op.weighted)
         if before is not None and (up or not after):
-            run = factors_first(run, order_of_layer(first_spatial(before)))
+            run = factors_first(run, _order_behind(before))
         elif after:
             run = factors_first(run[::-1], None)[::-1]
         settled = after or (before is not None and _rows_only(run, before))
@@ -84,44 +81,37 @@ def moved(step: Step, past: Sequence[Step], up: bool) -> Step | None:
     op = step.op
     if not past or op.spatial is None:
         return replace(step, moved=True) if past else step
-    axis = -op.spatial - 1
-    for other in (p.op for p in past):
-        axes = axes_of(other)
-        if other.kind == "pool" and axis != -(other.spatial or 0) - 1:
-            return None
+    axes = frozenset((-op.spatial - 1,))
+    for other in (p.op for p in past if p.op.kind in ("commuting", "pool")):
         if other.kind == "commuting" and other.const("how") == "unflatten" and not up:
             return None  # it is a view, which not every order in memory allows
-        if axes is not None:
-            found = axes.get(axis) if up else next((o for o, i in axes.items() if i == axis), None)
-            if found is None:
-                return None
-            axis = found
-    return replace(step, op=op.on_layout(-axis - 1), moved=True)
+        axes = axes_past(other, axes, up=not up)
+    return replace(step, op=op.on_layout(-min(axes) - 1), moved=True) if axes else None
+
+
+def _order_behind(part: Part) -> Order:
+    """The order in memory in which a part gives its output, by the first layer in it."""
+    return order_of_layer(next((s.op.spatial for s in steps_of(part) if s.op.weighted), None))
 
 
 def _rows_only(run: Sequence[Step], layer: Part) -> bool:
     """Whether everything in a run lies in row-major order, so that nothing changes if reshapes in it vanish."""
-    first = order_of_layer(first_spatial(layer))
-    found = [*accumulate(run, lambda order, step: order_after(order, step.op), initial=first)]
+    found = [*accumulate(run, lambda order, step: order_after(order, step.op), initial=_order_behind(layer))]
     return all(order == ROWS for order in found[1:] or found)
 
 
 def _without_detours(run: list[Step], settled: bool, view: View) -> list[Step]:
     """Rearrangements that undo each other as one step that is the identity, if nobody else reads between them."""
-    inside = {n for s in run for n in part_nodes(s)}
+    inside = set(nodes_of(*run))
     for first, step in enumerate(run):
-        moves = []
-        for last in range(first, len(run)):
-            if run[last].op.kind != "commuting" or (move := run[last].op.const("rearrangement")) is None:
-                break
-            moves.append(move)
-            end = run[last].node
-            if last > first and undone(moves) and step.node is not None and end is not None:
-                between = _between(step.node, end, inside)
-                if all(set(n.users) <= inside and _free(n, True, view) for n in between) and _free(end, settled, view):
-                    others = tuple(s.node for s in run[first:last] if s.node is not None)
-                    detour = Step(end, replace(IDENTITY, path=step.op.path), others=others)
-                    return [*run[:first], detour, *_without_detours(run[last + 1 :], settled, view)]
+        told = (s.op.const("rearrangement") if s.op.kind == "commuting" else None for s in run[first:])
+        moves = list(takewhile(lambda move: move is not None, told))
+        for count in (c for c in range(2, len(moves) + 1) if undone(moves[:c])):
+            *others, end = (s.node for s in run[first : first + count] if s.node is not None)
+            between = _between(others[0], end, inside)
+            if all(set(n.users) <= inside and _free(n, True, view) for n in between) and _free(end, settled, view):
+                detour = Step(end, replace(IDENTITY, path=step.op.path), others=tuple(others))
+                return [*run[:first], detour, *_without_detours(run[first + count :], settled, view)]
     return run
 
 

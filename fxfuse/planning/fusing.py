@@ -7,9 +7,10 @@ cost, and what forbids to run them as one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import reduce
+from itertools import accumulate
 
 import torch
 from torch.fx import Node
@@ -19,9 +20,9 @@ from fxfuse.algebra.operator import Operator
 from fxfuse.cost import CostFunction
 from fxfuse.pattern import Selection
 from fxfuse.planning.branch_groups import Price
-from fxfuse.planning.regions import Join, Step, exit_of, steps_of
+from fxfuse.planning.conflicts import answers
+from fxfuse.planning.regions import Join, Part, Step, exit_of, steps_of
 from fxfuse.planning.sites import Fuse, Refused, Segment
-from fxfuse.planning.size_answers import answers
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 
@@ -29,7 +30,6 @@ Result = Operator | Refusal
 WINDOW = 64  # convolutions in one stretch: bounds a search that grows with the square of their number,
 STEPS = 2 * WINDOW  # and all steps, each of which is an operator inside the next one
 TOO_LONG = Refusal("the chain is too long to be tried as one operator")
-_ORDER = ("warp", "conv", "pool", "pad", "select", "scale", "identity")  # in which the branches of a sum are merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +42,34 @@ class Option:
     refused: tuple[Refused, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fusing:
-    """What the patterns and the cost say of the operators of one view."""
+    """What the patterns and the cost say of the operators of one view: the base of every stage of a plan.
+
+    `refusals` are those that a stage after the first has met.
+    """
 
     view: View
     patterns: Selection
     cost: CostFunction
+    refusals: list[Refusal] = field(default_factory=list)
 
     def area(self, node: Node | None, before: Fraction, op: Operator) -> Fraction:
         """Output positions of an operator: counted from known shapes, else relative to the entry."""
         counted = self._positions(node, op.spatial)
         return before * op.pixels if counted is None else counted
 
-    def area_after(self, part: Step | Join, before: Fraction) -> Fraction:
+    def areas(self, parts: Sequence[Part], before: Fraction) -> list[Fraction]:
+        """Output positions before each part and after all."""
+        return list(accumulate(parts, lambda area, part: self.area_after(part, area), initial=before))
+
+    def area_after(self, part: Part, before: Fraction) -> Fraction:
         """Output positions after a part."""
         if isinstance(part, Step):
             return before if part.moved else self.area(part.node, before, part.op)
         spatial = next((s.op.spatial for s in steps_of(part) if s.op.spatial is not None), None)
         counted = self._positions(part.node, spatial)
-        return (
-            reduce(lambda a, s: self.area_after(s, a), part.branches[0].parts, before) if counted is None else counted
-        )
+        return self.areas(part.branches[0].parts, before)[-1] if counted is None else counted
 
     def _positions(self, node: Node | None, spatial: int | None) -> Fraction | None:
         """Elements of a known shape for each channel, the batch included."""
@@ -84,24 +90,18 @@ class Fusing:
         return (-forced, cost, executed)
 
     def combine(self, relation: str, f: Result, g: Result) -> Result:
+        """What `f` and `g` become in a relation; refused where either already is."""
         if isinstance(f, Refusal):
             return f
         if isinstance(g, Refusal) or "commuting" not in (f.kind, g.kind):
             return g if isinstance(g, Refusal) else self.patterns.combine(relation, f, g)
         return Refusal("a reshape, permutation or average stands between")
 
-    def chained(self, ops: Sequence[Result]) -> Result:
-        """Operators that come one after the other as one."""
-        return reduce(lambda f, g: self.combine("chain", f, g), ops)
+    def combined(self, relation: str, ops: Sequence[Result]) -> Result:
+        """All of the operators as one, from the first on."""
+        return reduce(lambda f, g: self.combine(relation, f, g), ops)
 
-    def merged(self, join: Join, ops: Sequence[Result]) -> Result:
-        """Some branches of a join as one."""
-        if len(ops) > STEPS:
-            return Refusal("the branches are too many to be tried as one operator")
-        ranked = sorted(ops, key=_rank) if join.kind == "sum" else ops
-        return on_axis(join, reduce(lambda f, g: self.combine(join.kind, f, g), ranked))
-
-    def fused(self, op: Result, parts: Sequence[Step | Join], area: Fraction) -> tuple[Price, Fuse] | Refusal:
+    def fused(self, op: Result, parts: Sequence[Part], area: Fraction) -> tuple[Price, Fuse] | Refusal:
         """The parts run as one operator and its price; refused where that is no change or impossible."""
         if isinstance(op, Refusal):
             return op
@@ -118,13 +118,3 @@ class Fusing:
             return Refusal("somebody asks for the size of a value that would be gone, and no other value has that size")
         op, executed = ready
         return self.price(op, area, executed, exit_of(parts)), Fuse(op, tuple(parts))
-
-
-def on_axis(join: Join, op: Result) -> Result:
-    if isinstance(op, Refusal) or join.spatial in (None, op.spatial):
-        return op
-    return Refusal("the concatenated axis is not the channel axis of its inputs")
-
-
-def _rank(op: Result) -> int:
-    return _ORDER.index(op.kind) if isinstance(op, Operator) else -1

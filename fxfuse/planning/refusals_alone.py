@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -14,15 +14,14 @@ from torch.fx import Node
 from fxfuse.algebra.constants import Attr
 from fxfuse.algebra.operator import Operator
 from fxfuse.names import place
-from fxfuse.ops.movement import read_shaping
+from fxfuse.ops.call import Call
 from fxfuse.planning.factor_orders import factors_first, moved
 from fxfuse.planning.fusing import STEPS, TOO_LONG, Fusing
-from fxfuse.planning.memory_order import order_of_layer
 from fxfuse.planning.refusals_between import unfused
 from fxfuse.planning.regions import Step
 from fxfuse.reading.affine import Affine
+from fxfuse.reading.movable.commuting import order_of_layer
 from fxfuse.reading.movable.factor_ways import passes
-from fxfuse.reading.runs import before
 from fxfuse.refusal import Refusal
 
 FRAME = "exact with a frame, but it would cost more"
@@ -40,25 +39,26 @@ class Alone:
     fused: Mapping[Node, Operator]
     told: Set[Node]
 
-    def refusals(self) -> list[Refusal]:
+    def refusals(self) -> Iterator[Refusal]:
         view = self.fusing.view
-        notes = list(view.refused.values())
+        yield from view.refused.values()
         for node, affine in view.affine.items():
             if affine.kind != "unary" and node not in self.joined:
-                notes += self._several_sources(node, affine)
+                yield from self._several_sources(node, affine)
             elif affine.op.law == "batch_norm" and node not in self.fused and node not in self.told:
-                notes.append(self._norm(node, affine).at(affine.op.path))
-        return notes + [note for node in view.captured.graph.nodes for note in self._layer_norm(node)]
+                yield self._norm(node, affine).at(affine.op.path)
+        for node, call in view.shapings.items():
+            if call.op == "layer_norm":
+                yield from self._layer_norm(node, call)
 
-    def _several_sources(self, node: Node, affine: Affine) -> list[Refusal]:
+    def _several_sources(self, node: Node, affine: Affine) -> Iterator[Refusal]:
         """Convolutions that meet in a join without having started at one tensor."""
         steps = [self.fusing.view.affine.get(source) for source, _ in affine.inputs]
         paths = [a.op.path for a in steps if a is not None and a.kind == "unary" and (a.op.weighted or a.op.path)]
-        if not paths:
-            return []
         verb = "summed" if affine.kind == "sum" else "concatenated"
         reason = f"what is {verb} does not start at one tensor: something between is not linear"
-        return [Refusal(reason, where=paths[0], detail=f"at {node.name}")]
+        if paths:
+            yield Refusal(reason, where=paths[0], detail=f"at {node.name}")
 
     @cached_property
     def _steps(self) -> dict[Node, Affine]:
@@ -68,7 +68,7 @@ class Alone:
         """What is the matter with what comes before a batch norm, or else with what comes after it."""
         view, source, reader = self.fusing.view, affine.inputs[0][0], node
         run = [Step(node, affine.op)]
-        for passed, step in takewhile(lambda n: passes(n[1].op), before(source, node, self._steps, view.readers)):
+        for passed, step in takewhile(lambda n: passes(n[1].op), view.before(source, node, self._steps)):
             run.insert(0, Step(passed, step.op))
             source, reader = step.inputs[0][0], passed
         layer = self._steps.get(source)
@@ -89,12 +89,8 @@ class Alone:
         """Why a layer does not take the batch norm at the end of a run that it alone could be merged with."""
         if len(run) >= STEPS:
             return TOO_LONG
-        parts = [
-            layer,
-            *takewhile(
-                lambda s: s.op.kind not in ("commuting", "pool"), factors_first(run, order_of_layer(layer.op.spatial))
-            ),
-        ]
+        ordered = factors_first(run, order_of_layer(layer.op.spatial))
+        parts = [layer, *takewhile(lambda s: s.op.kind not in ("commuting", "pool"), ordered)]
         while len(parts) > 1 and parts[-1].node is not run[-1].node:
             parts.pop()
         beside = moved(run[-1], run[-2::-1], up=True) if len(run) > 1 else run[-1]
@@ -105,11 +101,11 @@ class Alone:
             order = "moved next to the layer, batch_norm would leave those who read it another order in memory"
             return Refusal("another factor keeps batch_norm from moving next to the layer" if factor else order)
         both = self.fusing.combine("chain", layer.op, beside.op)
-        both = both if isinstance(both, Refusal) else self.fusing.chained([s.op for s in parts])
+        both = both if isinstance(both, Refusal) else self.fusing.combined("chain", [s.op for s in parts])
         if isinstance(both, Refusal):
             return both
         area = self.fusing.area(layer.node, Fraction(1), layer.op)
-        return unfused(self.fusing, both, [(s.op, area) for s in parts], area, parts)
+        return unfused(self.fusing, both, [(s.op, area) for s in parts], parts)
 
     def _below(self, node: Node, affine: Affine) -> str:
         """Who reads a batch norm, and why a layer that does cannot absorb it."""
@@ -123,27 +119,21 @@ class Alone:
         told += [f"{len(readers) - NAMED} more"] if len(readers) > NAMED else []
         return f"read by {', '.join(told) or 'nobody'}"
 
-    def _layer_norm(self, node: Node) -> list[Refusal]:
+    def _layer_norm(self, node: Node, call: Call) -> Iterator[Refusal]:
         """One whose weight and bias the layers after it could take; folded, they took .98 to 1.10 of the time."""
         view, modules = self.fusing.view, self.fusing.view.captured.modules
-        call = read_shaping(node, modules) if node.op in ("call_function", "call_module") else None
-        if call is None or call.op != "layer_norm":
-            return []
         weight: Any = modules[str(node.target)].weight if node.op == "call_module" else call.args.get("weight", node)
-        readers = self._past_permutations(node)
+        readers = list(self._past_permutations(node))
         layers = all(r in view.affine and view.affine[r].op.weighted for r in readers)
-        if weight is None or not readers or not layers:
-            return []
         held = view.constants.get(weight) if isinstance(weight, Node) else None
         where = held.path.rpartition(".")[0] if isinstance(held, Attr) else place(node)
         reason = "layer_norm keeps its weight and bias: measured, the layer after it gains nothing by taking them"
-        return [Refusal(reason, where or place(node), detail=f"read by {', '.join(map(place, readers[:NAMED]))}")]
+        if weight is not None and readers and layers:
+            yield Refusal(reason, where or place(node), detail=f"read by {', '.join(map(place, readers[:NAMED]))}")
 
-    def _past_permutations(self, node: Node) -> list[Node]:
+    def _past_permutations(self, node: Node) -> Iterator[Node]:
         """Who reads a node, or what has only been permuted since."""
-        view, found = self.fusing.view, list[Node]()
+        view = self.fusing.view
         for reader in view.readers(node):
-            call = read_shaping(reader, view.captured.modules) if reader.op != "output" else None
-            permuted = call is not None and call.op in ("permute", "transpose")
-            found += self._past_permutations(reader) if permuted else [reader]
-        return found
+            permuted = reader in view.shapings and view.shapings[reader].op in ("permute", "transpose")
+            yield from self._past_permutations(reader) if permuted else (reader,)

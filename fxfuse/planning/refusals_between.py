@@ -13,7 +13,7 @@ from itertools import pairwise
 from fxfuse.algebra.chain import product
 from fxfuse.algebra.operator import Operator
 from fxfuse.planning.fusing import STEPS, TOO_LONG, WINDOW, Fusing, Result
-from fxfuse.planning.regions import Chain, Join, Step, exit_of, part_nodes
+from fxfuse.planning.regions import Chain, Join, Part, exit_of, nodes_of
 from fxfuse.planning.sites import Refused
 from fxfuse.refusal import Refusal
 
@@ -25,24 +25,23 @@ def in_chain(
 ) -> list[Refused]:
     """For each two neighbouring stretches of a chain; `areas` are positions before each part and after all."""
     found = []
-    stretches = [fusing.chained(ops[i:j]) for i, j in cuts]
-    for (left, right), (f, g) in zip(pairwise(cuts), pairwise(stretches), strict=True):
-        if isinstance(f, Refusal) or isinstance(g, Refusal):
+    stretches = [fusing.combined("chain", ops[i:j]) for i, j in cuts]
+    for ((start, middle), (_, end)), (f, g) in zip(pairwise(cuts), pairwise(stretches), strict=True):
+        if isinstance(f, Refusal) or isinstance(g, Refusal) or not (f.weighted or g.weighted):
             continue
-        if not (f.weighted or g.weighted) or {"identity", "commuting"} & {f.kind, g.kind}:
+        if {"identity", "commuting"} & {f.kind, g.kind}:
             continue
-        parts, tried = chain.parts[left[0] : right[1]], ops[left[0] : right[1]]
-        refusal = fusing.combine("chain", f, g)
-        apart, area = ((f, areas[left[1]]), (g, areas[right[1]])), areas[right[1]]
+        parts, tried, area = chain.parts[start:end], ops[start:end], areas[end]
+        refusal, apart = fusing.combine("chain", f, g), ((f, areas[middle]), (g, area))
         if len(parts) > STEPS or sum(isinstance(o, Operator) and o.weighted for o in tried) > WINDOW:
             refusal = TOO_LONG
         elif isinstance(refusal, Operator):
-            refusal = unfused(fusing, refusal, apart, area, parts)
+            refusal = unfused(fusing, refusal, apart, parts)
         elif _multipliable(f, g):
-            numbers = unfused(fusing, product(f, g), apart, area, parts).detail
+            numbers = unfused(fusing, product(f, g), apart, parts).detail
             refusal = replace(refusal, detail="; merged, ".join(filter(None, (refusal.detail, numbers))))
-        refusal = refusal.at(g.path or f.path or str(chain.parts[right[0]].node))
-        found.append(Refused(refusal, tuple(n for p in chain.parts[slice(*right)] for n in part_nodes(p))))
+        refusal = refusal.at(g.path or f.path or str(chain.parts[middle].node))
+        found.append(Refused(refusal, tuple(nodes_of(*chain.parts[middle:end]))))
     return found
 
 
@@ -53,27 +52,30 @@ def in_join(fusing: Fusing, join: Join, groups: Sequence[Result], whole: Result,
     if isinstance(whole, Refusal):
         refusal = whole.at(str(join.node))
     elif any(o.weighted for o, _ in ops):
-        refusal = unfused(fusing, whole, ops, area, [join]).at(path)
+        refusal = unfused(fusing, whole, ops, [join]).at(path)
     elif any(o.kind == "pool" for o, _ in ops):
         refusal = Refusal(NO_LAYER, where=path)
     else:
         return []
     single = (b.parts[0] for b in join.branches if len(b.parts) == 1)  # those that nothing else could be said of
-    return [Refused(refusal, (*join.nodes, *(n for p in single for n in part_nodes(p))))]
+    return [Refused(refusal, (*join.nodes, *nodes_of(*single)))]
 
 
 def unfused(
     fusing: Fusing,
     both: Operator,
     apart: Sequence[tuple[Operator, Fraction]],
-    area: Fraction,
-    parts: Sequence[Step | Join],
+    parts: Sequence[Part],
 ) -> Refusal:
-    """What forbids a merge that the patterns allow, or else that it does not pay, with its two numbers."""
+    """What forbids a merge that the patterns allow, or else that it does not pay, with its two numbers.
+
+    `apart` are the operators as they are, each with its output positions.
+    """
     before = [a for op, _ in apart for a in op.applied]
     pattern = both.applied[-1] if len(set(both.applied)) == 1 else ""
     pattern = next((a for a in both.applied if a not in before), pattern)
-    found, end, unit = fusing.fused(both, parts, area), exit_of(parts), area or Fraction(1)
+    area, end = apart[-1][1], exit_of(parts)
+    found, unit = fusing.fused(both, parts, area), area or Fraction(1)
     if isinstance(found, Refusal):
         return found.by(pattern)
     together = found[0][1] / unit

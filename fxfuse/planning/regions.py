@@ -9,7 +9,7 @@ that tensor's own chain, where nothing outside of the join reads it.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -51,37 +51,34 @@ class Chain:
     """`parts` applied in order to `source`; an empty chain is the identity."""
 
     source: Node
-    parts: list[Step | Join]
+    parts: list[Part]
 
 
-def part_nodes(part: Step | Join) -> Iterator[Node]:
-    """Every graph node below a part."""
-    if isinstance(part, Step):
-        yield from part.others
-        if part.node is not None:
-            yield part.node
-        return
-    yield from part.nodes
-    for branch in part.branches:
-        for inner in branch.parts:
-            yield from part_nodes(inner)
+Part = Step | Join
 
 
-def first_spatial(part: Step | Join) -> int | None:
-    """On how many spatial dims the first layer in a part works; None where there is none."""
-    return next((s.op.spatial for s in steps_of(part) if s.op.weighted), None)
+def nodes_of(*parts: Part) -> Iterator[Node]:
+    """Every graph node below some parts."""
+    for part in parts:
+        if isinstance(part, Join):
+            yield from part.nodes
+            for branch in part.branches:
+                yield from nodes_of(*branch.parts)
+        else:
+            yield from (n for n in (*part.others, part.node) if n is not None)
 
 
-def steps_of(part: Step | Join) -> Iterator[Step]:
-    """Every step below a part, branch by branch."""
-    if isinstance(part, Step):
-        yield part
-    else:
-        for inner in (p for b in part.branches for p in b.parts):
-            yield from steps_of(inner)
+def steps_of(*parts: Part) -> Iterator[Step]:
+    """Every step below some parts, branch by branch."""
+    for part in parts:
+        if isinstance(part, Step):
+            yield part
+        else:
+            for branch in part.branches:
+                yield from steps_of(*branch.parts)
 
 
-def exit_of(parts: Iterable[Step | Join]) -> Node:
+def exit_of(parts: Iterable[Part]) -> Node:
     """The node whose value the last of `parts` gives: one that has not moved."""
     return [p.node for p in parts if p.node is not None and not (isinstance(p, Step) and p.moved)][-1]
 
@@ -94,41 +91,41 @@ def find(view: View, shared: frozenset[Node] = frozenset(), split: frozenset[Nod
     """
     split_factors = [view.movable.split[first] for first in split]
     gone = {factor: view.affine[d.factors[0]].inputs[0][0] for d in split_factors for factor in d.factors}
-    shares, ahead = dict[Node, list[Step]](), dict[Node, list[Step]]()
+    shares, ahead = defaultdict[Node, list[Step]](list), defaultdict[Node, list[Step]](list)
     for d in split_factors:
         for end, ops in d.shares.items():
-            steps = [Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True)]
-            (ahead if d.before else shares).setdefault(end, []).extend(steps)
+            steps = (Step(n, op, moved=True) for n, op in zip(d.factors, ops, strict=True))
+            (ahead if d.before else shares)[end].extend(steps)
     copied = {n for root in shared for n in view.movable.trees[root]}
     chains, swallowed = dict[Node, Chain](), set[Node]()
     for node, affine in view.affine.items():
-        times = Counter(source for source, _ in affine.inputs)
-        private = [s in chains and times[s] == 1 and view.readers(s) == [node] for s, _ in affine.inputs]
-        starts = [chains[s] if p else Chain(s, []) for (s, _), p in zip(affine.inputs, private, strict=True)]
+        source, times = affine.inputs[0][0], Counter(s for s, _ in affine.inputs)
         if node in gone:
             if gone[node] in chains:
                 chains[node] = chains[gone[node]]
-                swallowed.add(affine.inputs[0][0])
+                swallowed.add(source)
             continue
-        if node in shared or affine.inputs[0][0] in copied:
-            before = Chain(affine.inputs[0][0], []) if node in shared else chains[affine.inputs[0][0]]
-            chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op), *shares.get(node, [])])
+        if node in shared or source in copied:
+            before = Chain(source, []) if node in shared else chains[source]
+            chains[node] = Chain(before.source, [*before.parts, Step(node, affine.op), *shares[node]])
             swallowed.update({node} & copied)
             continue
+        private = {s for s, count in times.items() if s in chains and count == 1 and view.readers(s) == [node]}
+        starts = [chains[s] if s in private else Chain(s, []) for s, _ in affine.inputs]
         if affine.kind == "unary":
-            chains[node] = Chain(starts[0].source, starts[0].parts)
-            starts[0].parts.extend([] if starts[0].parts else ahead.get(node, []))
-            starts[0].parts.extend((Step(node, affine.op), *shares.get(node, [])))
+            chains[node] = starts[0]
+            first = [] if starts[0].parts else ahead[node]
+            starts[0].parts.extend((*first, Step(node, affine.op), *shares[node]))
         elif len({c.source for c in starts}) == 1:
             join, source = _join(node, affine, starts, view), starts[0].source
-            chains[node] = Chain(source, [join])
-            if source in chains and set(view.readers(source)) <= set(part_nodes(join)):
-                chains[node] = Chain(chains[source].source, [*chains[source].parts, join])
+            before = Chain(source, [])
+            if source in chains and set(view.readers(source)) <= set(nodes_of(join)):
+                before = chains[source]
                 swallowed.add(source)
-            chains[node].parts.extend(shares.get(node, []))
+            chains[node] = Chain(before.source, [*before.parts, join, *shares[node]])
         else:
             continue  # branches of different tensors: each ends here, and the join is opaque
-        swallowed.update(s for (s, _), p in zip(affine.inputs, private, strict=True) if p)
+        swallowed |= private
     return [c for n, c in chains.items() if n not in swallowed]
 
 
@@ -136,17 +133,12 @@ def _join(node: Node, affine: Affine, starts: list[Chain], view: View) -> Join:
     """The join of chains of one tensor; a sum inside a sum is one sum of all summands."""
     branches, nodes = list[Chain](), [node]
     for chain, (_, coefficient) in zip(starts, affine.inputs, strict=True):
-        inner = chain.parts[0] if len(chain.parts) == 1 else None
+        inner, group = chain.parts[0] if len(chain.parts) == 1 else None, tuple[Chain, ...]((chain,))
         if isinstance(inner, Join) and inner.kind == affine.kind == "sum" and inner.node not in view.sized:
             group = inner.branches
             nodes.extend(inner.nodes)
-        else:
-            group = (chain,)
-        scaled = [Step(None, _times(coefficient))] if coefficient != 1 else []
+        consts = (("factor", coefficient), ("inverse", False), ("shift", 0), ("alpha", 1))
+        times = Step(None, replace(IDENTITY, kind="scale", law="scale", consts=consts))
+        scaled = [times] if coefficient != 1 else []
         branches.extend(Chain(c.source, [*c.parts, *scaled]) for c in group)
     return Join(affine.kind, node, tuple(branches), affine.spatial, tuple(nodes))
-
-
-def _times(coefficient: float) -> Operator:
-    consts = (("factor", coefficient), ("inverse", False), ("shift", 0), ("alpha", 1))
-    return replace(IDENTITY, kind="scale", law="scale", consts=consts)

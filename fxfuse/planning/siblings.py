@@ -10,8 +10,9 @@ nothing: there the time goes into arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 
@@ -19,16 +20,15 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import Attr
 from fxfuse.algebra.operator import Operator, sources
-from fxfuse.cost import CostFunction
 from fxfuse.ops.elementwise import Activation, read_activation
-from fxfuse.pattern import Selection
-from fxfuse.planning.overwritten import overwritten
-from fxfuse.planning.regions import Step, part_nodes
-from fxfuse.planning.sites import Fuse, Plan, Run, Siblings, Site, fuses
+from fxfuse.planning.conflicts import overwritten
+from fxfuse.planning.fusing import Fusing
+from fxfuse.planning.regions import Step
+from fxfuse.planning.sites import Fuse, Plan, Run, Siblings, Site, fuses, layers
 from fxfuse.planning.slice_readers import reshaped
-from fxfuse.reading.modes import inside_regions
-from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
+
+REMEDY = 'patterns=["siblings!"] merges them all the same'
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,56 +47,48 @@ class _Member:
         return self.act or self.fuse.exit
 
 
-@dataclass
-class Gather:
+class Gather(Fusing):
     """The stage: `run` gives the plan with its siblings."""
 
-    view: View
-    patterns: Selection
-    price: CostFunction
-    refusals: list[Refusal] = field(default_factory=list)
-    regions: set[Node] = field(default_factory=set)
-
     def run(self, plan: Plan) -> Plan:
-        by_source = dict[Node, list[_Member]]()
-        self.regions = set(inside_regions(self.view.captured.graph))
-        for member in self._members(plan):
-            by_source.setdefault(member.source, []).append(member)
-        found = list[Siblings]()
-        for members in by_source.values():
-            found += self._groups(members) if len(members) > 1 else []
-        used = self._used(plan.fused()) if any(s.alone for s in found) else {}
-        alike = dict[Operator, set[Node]]()
+        by_source, used = defaultdict[Node, list[_Member]](list), defaultdict[Attr, list[Node]](list)
+        fused = plan.fused()
+        for member in self._members(plan, fused):
+            by_source[member.source].append(member)
+        found = [s for members in by_source.values() for s in self._groups(members)]
+        for node, affine in self.view.affine.items():
+            for attr in sources(affine.op) if found and affine.op.weighted and node not in fused else ():
+                used[attr].append(node)
+        alike = defaultdict[Operator, set[Node]](set)
         for group in found:
-            alike.setdefault(group.op, set()).update(f.exit for f in group.members)
-        found = [s for s in found if not self._twice(s, alike[s.op], used)]
-        return replace(plan, siblings=tuple(found), refusals=tuple(dict.fromkeys((*plan.refusals, *self.refusals))))
+            alike[group.op].update(f.exit for f in group.members)
+        able = tuple(s for s in found if not self._twice(s, alike[s.op], used))
+        return replace(plan, siblings=able, refusals=(*plan.refusals, *self.refusals))
 
-    def _members(self, plan: Plan) -> list[_Member]:
+    def _members(self, plan: Plan, fused: set[Node]) -> Iterator[_Member]:
         """All layers of the plan and those that it leaves alone, in the order in which they run."""
-        fused, found = plan.fused(), [(source, fuse, False) for source, fuse in plan.layers()]
+        found = [(source, fuse, False) for s in plan.sites for source, fuse in layers(s.source, s.segments)]
         for node, affine in self.view.affine.items():
             if node not in fused and affine.kind == "unary" and affine.op.weighted:
                 found.append((affine.inputs[0][0], Fuse(affine.op, (Step(node, affine.op),)), True))
-        position = self.view.effects.position
-        found.sort(key=lambda f: position[f[1].exit])
-        # those of different channels read different values, and deformable ones read more than one
-        whole = [f for f in found if f[1].op.reads is None and f[1].op.kind == "conv"]
-        return [_Member(fuse, source, plain, *self._activation(fuse)) for source, fuse, plain in whole]
+        for source, fuse, plain in sorted(found, key=lambda f: self.view.effects.position[f[1].exit]):
+            # those of different channels read different values, and deformable ones read more than one
+            if fuse.op.reads is None and fuse.op.kind == "conv":
+                yield _Member(fuse, source, plain, *self._activation(fuse))
 
     def _activation(self, fuse: Fuse) -> tuple[Node | None, Activation | None]:
         """The activation that alone reads the layer's output."""
         users = list(fuse.exit.users)
-        alone = fuse.pool is None and len(users) == 1 and users[0] not in self.regions
+        alone = fuse.pool is None and len(users) == 1 and users[0] not in self.view.inside_regions
         found = read_activation(users[0], self.view.captured.modules) if alone else None
         return (None if found is None else users[0]), found
 
-    def _groups(self, members: list[_Member]) -> list[Siblings]:
+    def _groups(self, members: list[_Member]) -> Iterator[Siblings]:
         """Layers of one value, gathered by their geometry."""
         groups, different = list[list[_Member]](), list[Refusal]()
         for member in members:
             for group in groups:
-                both = self.patterns.combine("siblings", group[0].fuse.op, member.fuse.op)
+                both = self.combine("siblings", group[0].fuse.op, member.fuse.op)
                 if not isinstance(both, Refusal):
                     group.append(member)
                     break
@@ -105,7 +97,7 @@ class Gather:
             else:
                 groups.append([member])
         self.refusals += different[:1]
-        return [g for g in (self._gathered(g) for g in groups if len(g) > 1) if g is not None]
+        return filter(None, [self._gathered(g) for g in groups if len(g) > 1])
 
     def _joins(self, member: _Member) -> set[Node]:
         """The sums and concatenations that read the layer's output: there it has been tried as a branch."""
@@ -115,8 +107,7 @@ class Gather:
     def _gathered(self, members: list[_Member]) -> Siblings | None:
         able, views = list[_Member](), list[Node]()
         for member in members:
-            own = {n for p in member.fuse.parts for n in part_nodes(p)}
-            own |= set() if member.act is None else {member.act}
+            own = {*member.fuse.nodes, member.value}
             found = () if member.fuse.pool is not None else reshaped(member.value, self.view, own)
             if isinstance(found, Refusal):
                 self.refusals.append(found.by("siblings").at(member.fuse.op.path))
@@ -126,36 +117,29 @@ class Gather:
         if len(able) < 2:
             return None
         able = self._ordered(able)
-        op: Operator | Refusal = able[0].fuse.op
-        for member in able[1:]:
-            op = op if isinstance(op, Refusal) else self.patterns.combine("siblings", op, member.fuse.op)
+        op = self.combined("siblings", [m.fuse.op for m in able])
         op = op if isinstance(op, Refusal) else self._blocked(able) or self._dear(op, able) or op
         if isinstance(op, Refusal):
             self.refusals.append(op.by("siblings").at(able[0].fuse.op.path))
             return None
         alone = tuple(Site(m.source, (m.fuse,)) for m in able if m.plain)
-        return Siblings(op, tuple(m.fuse for m in able), _runs(able), alone, tuple(views))
+        return Siblings(op, tuple(_runs(able)), alone, tuple(views))
 
     def _ordered(self, members: list[_Member]) -> list[_Member]:
         """Equal activations side by side, and among them what meets in a concatenation, in its order."""
         kinds = list(dict.fromkeys(m.activation for m in members))
-        position = self.view.effects.position
+        position, affine = self.view.effects.position, self.view.affine
 
         def place(member: _Member) -> tuple[int, int, int, int]:
-            kind, here = kinds.index(member.activation), position[member.fuse.exit]
-            for user in member.value.users:
-                affine = self.view.affine.get(user)
-                if affine is not None and affine.kind == "concat":
-                    inputs = [n for n, _ in affine.inputs]
-                    return kind, position[user], inputs.index(member.value), here
-            return kind, len(position), 0, here
+            concats = (u for u in member.value.users if u in affine and affine[u].kind == "concat")
+            joins = ((position[u], [n for n, _ in affine[u].inputs].index(member.value)) for u in concats)
+            return kinds.index(member.activation), *next(joins, (len(position), 0)), position[member.fuse.exit]
 
         return sorted(members, key=place)
 
     def _blocked(self, members: Sequence[_Member]) -> Refusal | None:
         """What stands in the way of running all of them where the first one runs."""
-        nodes = [n for m in members for p in m.fuse.parts for n in part_nodes(p)]
-        if refusal := overwritten(self.view, members[0].source, nodes):
+        if refusal := overwritten(self.view, members[0].source, [n for m in members for n in m.fuse.nodes]):
             return refusal
         trained = {any(map(self.view.captured.requires_grad, sources(m.fuse.op))) for m in members}
         if len(trained) > 1:
@@ -166,46 +150,36 @@ class Gather:
         """Why the wide layer does not pay."""
         if "siblings" in self.patterns.forced:
             return None
-        one, ops = Fraction(1), [m.fuse.op for m in members]
-        remedy = 'patterns=["siblings!"] merges them all the same'
-        if self.price(op, one) > sum(self.price(o, one) for o in ops):
-            return Refusal("exact, but merged it would cost more", remedy=remedy)
+        one, count = Fraction(1), len(members)
+        if self.cost(op, one) > sum(self.cost(m.fuse.op, one) for m in members):
+            return Refusal("exact, but merged it would cost more", remedy=REMEDY)
         if any(k > 1 for k in op.kernel):
             reason = "layers of one tensor, but a kernel of several taps is no faster for being wide"
-            return Refusal(reason, detail=op.describe(), remedy=remedy)
-        saved = op.in_channels * (len(ops) - 1 if op.spatial else len(ops))
+            return Refusal(reason, detail=op.describe(), remedy=REMEDY)
+        saved = op.in_channels * (count - 1 if op.spatial else count)
         if op.out_channels > saved:
-            return Refusal(
-                "layers of one tensor, but the slices of a wide layer would cost more than not reading it again saves",
-                detail=f"{op.out_channels} channels of slices, {saved} of reading",
-                remedy=remedy,
+            reason = (
+                "layers of one tensor, but the slices of a wide layer would cost more than not reading it again saves"
             )
+            detail = f"{op.out_channels} channels of slices, {saved} of reading"
+            return Refusal(reason, detail=detail, remedy=REMEDY)
         return None
 
-    def _used(self, fused: set[Node]) -> dict[Attr, list[Node]]:
-        """The layers that use each weight as it is, not in something `fused`."""
-        used = dict[Attr, list[Node]]()
-        for node, affine in self.view.affine.items():
-            for attr in sources(affine.op) if affine.op.weighted and node not in fused else ():
-                used.setdefault(attr, []).append(node)
-        return used
+    def _twice(self, group: Siblings, alike: set[Node], used: Mapping[Attr, list[Node]]) -> bool:
+        """Whether the weight of a layer that would be left alone is needed elsewhere, not only in groups `alike`.
 
-    def _twice(self, group: Siblings, alike: set[Node], used: dict[Attr, list[Node]]) -> bool:
-        """Whether the weight of a layer that would be left alone is needed elsewhere, not only in groups `alike`."""
+        `used` are the layers that use each weight as it is, not in something fused.
+        """
         own = (a for site in group.alone for f in fuses(site.segments) for a in sources(f.op))
         other = next((n for a in own for n in used.get(a, ()) if n not in alike), None)
-        if other is None:
-            return False
-        reason = "layers of one tensor, but a weight is used at another place too: it would be stored twice"
-        self.refusals.append(Refusal(reason, where=group.op.path, detail=f"by {other.name}", pattern="siblings"))
-        return True
+        if other is not None:
+            reason = "layers of one tensor, but a weight is used at another place too: it would be stored twice"
+            self.refusals.append(Refusal(reason, where=group.op.path, detail=f"by {other.name}", pattern="siblings"))
+        return other is not None
 
 
-def _runs(members: Sequence[_Member]) -> tuple[Run, ...]:
+def _runs(members: Sequence[_Member]) -> Iterator[Run]:
     """Members with one activation together, those without it one by one."""
-    runs = list[Run]()
-    for _, group in groupby(range(len(members)), key=lambda i: members[i].activation or i):
-        numbers = [*group]
-        first, acts = numbers[0], (members[i].act for i in numbers)
-        runs.append(Run(first, numbers[-1] + 1, members[first].activation, tuple(a for a in acts if a is not None)))
-    return tuple(runs)
+    for _, group in groupby(enumerate(members), key=lambda m: m[1].activation or m[0]):
+        run = [m for _, m in group]
+        yield Run(tuple(m.fuse for m in run), run[0].activation, tuple(m.act for m in run if m.act is not None))

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.ops.elementwise import Activation
-from fxfuse.planning.regions import Join, Step, exit_of, part_nodes
+from fxfuse.planning.regions import Join, Part, Step, exit_of, nodes_of
 from fxfuse.refusal import Refusal
 
 
@@ -22,7 +22,7 @@ class Fuse:
     """
 
     op: Operator
-    parts: tuple[Step | Join, ...]
+    parts: tuple[Part, ...]
     pool: Node | None = None
     shift: Operator | None = None
 
@@ -34,26 +34,23 @@ class Fuse:
     @property
     def nodes(self) -> list[Node]:
         """The nodes that it replaces."""
-        return [n for p in self.parts for n in part_nodes(p)]
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """A node that stays as it is."""
-
-    step: Step
+        return list(nodes_of(*self.parts))
 
 
 @dataclass(frozen=True, slots=True)
 class Rejoin:
-    """A join that stays, over fewer or cheaper branches; `merged` where it must be emitted anew."""
+    """A join that stays, over fewer or cheaper branches."""
 
     join: Join
     pieces: tuple[tuple[Segment, ...], ...]
-    merged: bool
+
+    @property
+    def merged(self) -> bool:
+        """Whether it must be emitted anew, as some of its branches are one now."""
+        return len(self.pieces) < len(self.join.branches)
 
 
-Segment = Fuse | Keep | Rejoin
+Segment = Fuse | Rejoin | Step  # a step stays as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +67,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring siblings of one group, from `start` to before `stop`, and the activation that all of them have.
+    """Neighbouring siblings of one group, and the activation that all of them have.
 
     `nodes` are the calls of that activation, one a sibling; without one each sibling is a run of its own.
     """
 
-    start: int
-    stop: int
+    members: tuple[Fuse, ...]
     activation: Activation | None = None
     nodes: tuple[Node, ...] = ()
 
@@ -85,15 +81,19 @@ class Run:
 class Siblings:
     """Layers that read one value and run as one wide layer, each taking a slice of its channels.
 
-    `members` are stretches of the plan's sites, in the order of their channels; `alone` are sites of their own for
-    those that nothing else fuses with. `reshaped` are views of slices, which are to reshape them.
+    `alone` are sites of their own for those that nothing else fuses with. `reshaped` are views of slices, which are to
+    reshape them.
     """
 
     op: Operator
-    members: tuple[Fuse, ...]
     runs: tuple[Run, ...]
     alone: tuple[Site, ...] = ()
     reshaped: tuple[Node, ...] = ()
+
+    @property
+    def members(self) -> list[Fuse]:
+        """Stretches of the plan's sites, in the order of their channels."""
+        return [f for r in self.runs for f in r.members]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,6 @@ class Plan:
         """Nodes of all fused stretches."""
         return {n for site in self.sites for n in site.nodes()}
 
-    def layers(self) -> Iterator[tuple[Node, Fuse]]:
-        """Every fused stretch that stands for a node of its own, with the node whose value it reads."""
-        for site in self.sites:
-            yield from _layers(site.source, site.segments)
-
 
 def joined(sites: Iterable[Site], more: Iterable[Site], position: Mapping[Node, int]) -> list[Site]:
     """`sites` with `more`, each where its layer runs."""
@@ -129,19 +124,20 @@ def joined(sites: Iterable[Site], more: Iterable[Site], position: Mapping[Node, 
 
 def _value(segment: Segment) -> Node | None:
     """The node whose value a segment gives; None for a coefficient of a join."""
-    if isinstance(segment, Keep):
-        return segment.step.node
-    return segment.join.node if isinstance(segment, Rejoin) else segment.exit
+    if isinstance(segment, Fuse):
+        return segment.exit
+    return segment.join.node if isinstance(segment, Rejoin) else segment.node
 
 
-def _layers(source: Node, segments: tuple[Segment, ...]) -> Iterator[tuple[Node, Fuse]]:
+def layers(source: Node, segments: tuple[Segment, ...]) -> Iterator[tuple[Node, Fuse]]:
+    """Every fused stretch that stands for a node of its own, with the node whose value it reads."""
     for segment in segments:
         if isinstance(segment, Fuse):
             yield source, segment
         elif isinstance(segment, Rejoin):
             for piece in segment.pieces:
                 if not some_branches(piece, segment.join):
-                    yield from _layers(source, piece)
+                    yield from layers(source, piece)
         source = _value(segment) or source
 
 
@@ -151,20 +147,16 @@ def some_branches(piece: tuple[Segment, ...], join: Join) -> bool:
     return isinstance(first, Join) and first.node is join.node
 
 
-def kept(segments: Iterable[Segment]) -> Iterator[Step]:
-    """Every step that stays, those inside a join that stays included, in order."""
-    return (s.step for s in _inside(segments) if isinstance(s, Keep))
-
-
 def fuses(segments: Iterable[Segment]) -> Iterator[Fuse]:
     """Every fused stretch, those inside a join that stays included, in order."""
-    return (s for s in _inside(segments) if isinstance(s, Fuse))
+    return (s for s in opened(segments) if isinstance(s, Fuse))
 
 
-def _inside(segments: Iterable[Segment]) -> Iterator[Fuse | Keep]:
+def opened(segments: Iterable[Segment]) -> Iterator[Fuse | Step]:
+    """Every segment, of a join that stays those inside it, in order."""
     for segment in segments:
         if isinstance(segment, Rejoin):
             for piece in segment.pieces:
-                yield from _inside(piece)
+                yield from opened(piece)
         else:
             yield segment

@@ -48,19 +48,18 @@ def reshaped(value: Node, view: View, own: Collection[Node]) -> tuple[Node, ...]
     todo, seen, found = [value], {value}, list[Node]()
     while todo:
         node = todo.pop()
-        for user in node.users:
-            if user in seen:
-                continue
+        for user in (u for u in node.users if u not in seen):
             seen.add(user)
+            name = plain(user.target)
             if user.op == "output":
-                return _noticed("the model returns it", f"{node.name}")
-            if plain(user.target) in _STRIDES or user.kwargs.get("memory_format") is not None:
+                return _noticed("the model returns it", node.name)
+            if name in _STRIDES or user.kwargs.get("memory_format") is not None:
                 return _noticed("its strides are asked for", f"by {user.name}")
             if shape_reader(user) or _fresh(user, view):
                 continue
             if not _is_view(user, view):
                 return _noticed("who reads it may look at its strides", f"read by {user.name}")
-            if plain(user.target) in ("view", "view_as", "_unsafe_view"):
+            if name in ("view", "view_as", "_unsafe_view"):
                 if any(isinstance(a, torch.dtype) for a in (*user.args, *user.kwargs.values())):
                     return _noticed("its memory is read as another dtype", f"by {user.name}")
                 found.append(user)

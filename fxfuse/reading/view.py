@@ -26,7 +26,6 @@ from fxfuse.reading.border_fill import border_fills
 from fxfuse.reading.effects import Effects
 from fxfuse.reading.folding import find_constants
 from fxfuse.reading.layers import LAYERS
-from fxfuse.reading.modes import inside_regions
 from fxfuse.reading.movable.find import Movable, find_movable
 from fxfuse.reading.nodes import Nodes
 from fxfuse.refusal import Refusal
@@ -87,13 +86,12 @@ def look(captured: Captured) -> View:
         reason = "whether it writes a tensor that is read again depends on strides, which a fusion may change"
         remedy = "use the out-of-place form, or view instead of flatten and reshape"
         affine, refused = {}, {**refused, writer: Refusal(reason, writer.name, remedy)}
-    for node in inside_regions(graph):
+    nodes = Nodes(captured, affine, constants, effects, facts, calls, shapings)
+    for node in nodes.inside_regions:
         if (gone := affine.pop(node, None)) is not None and gone.op.law == "batch_norm":
             refused[node] = Refusal("the forward switches gradients or autocast before it and after it", gone.op.path)
-    for node in graph.nodes:
-        if node.op == "call_module" and node.target in captured.whole:
-            refused[node] = stays(str(node.target), captured.whole[node.target])
-    nodes = Nodes(captured, affine, constants, effects, facts, calls, shapings)
+    whole = {n: str(n.target) for n in graph.nodes if n.op == "call_module" and n.target in captured.whole}
+    refused |= {node: stays(path, captured.whole[path]) for node, path in whole.items()}
     movable, affine = find_movable(nodes)
     return View(captured, affine, constants, effects, facts, calls, shapings, refused, movable)
 

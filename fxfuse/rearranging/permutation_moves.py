@@ -24,9 +24,7 @@ from fxfuse.graph_edits import Edit, Editor, insert_check
 from fxfuse.ops.index_lists import index_of
 from fxfuse.ops.value_kinds import is_number
 from fxfuse.pattern import Selection
-from fxfuse.reading.movable.index_tensors import Indexed, indexed
-from fxfuse.reading.movable.permutation import Permutation, permutation_of
-from fxfuse.reading.movable.shuffles import Shuffle
+from fxfuse.reading.movable.permutations import Indexed, Permutation, indexed, permutation_of
 from fxfuse.reading.view import View
 from fxfuse.rearranging.permutation_passing import Passed
 from fxfuse.rearranging.permutation_routes import Route, Routes
@@ -47,17 +45,16 @@ def use_shuffles(view: View, patterns: Selection, price: CostFunction) -> Iterat
     """Shuffles to be written as one operation, which a layer before or after them can take."""
     routes = Routes(view, patterns, price)
     for shuffle in view.movable.shuffles:
-        found, nodes = shuffle.permutation, shuffle.permutation.nodes
-        at = [view.effects.position[n] for n in nodes]
-        written = view.effects.written_between(found.source, at[0], at[-1], nodes)
-        if written is None and isinstance(routes.find(found), Route):
-            yield Edit(frozenset((found.source, *nodes, *found.last.users)), partial(_use, shuffle))
+        at = [view.effects.position[n] for n in shuffle.nodes]
+        written = view.effects.written_between(shuffle.source, at[0], at[-1], shuffle.nodes)
+        if written is None and isinstance(routes.find(shuffle), Route):
+            yield Edit(frozenset((shuffle.source, *shuffle.nodes, *shuffle.last.users)), partial(_use, shuffle))
 
 
-def _use(shuffle: Shuffle, editor: Editor) -> None:
-    nodes, last = shuffle.permutation.nodes, shuffle.permutation.last
+def _use(shuffle: Permutation, editor: Editor) -> None:
+    nodes, last = shuffle.nodes, shuffle.last
     asked = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
-    new = editor.call(last, torch.channel_shuffle, (shuffle.permutation.source, shuffle.groups), last, last)
+    new = editor.call(last, torch.channel_shuffle, (shuffle.source, shuffle.groups), last, last)
     editor.replace(last, new)
     for node in nodes[-2::-1]:
         editor.erase(node)

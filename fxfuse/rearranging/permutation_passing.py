@@ -16,7 +16,7 @@ from fxfuse.algebra.operator import Ints
 from fxfuse.names import place
 from fxfuse.ops.elementwise import read_activation
 from fxfuse.ops.movement import pooled
-from fxfuse.reading.movable.permutation import Permutation
+from fxfuse.reading.movable.permutations import Permutation
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 

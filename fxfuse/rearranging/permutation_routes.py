@@ -19,9 +19,7 @@ from fxfuse.algebra.operator import Operator, pointwise
 from fxfuse.cost import CostFunction
 from fxfuse.names import place
 from fxfuse.pattern import Selection
-from fxfuse.reading.movable.index_tensors import indexed
-from fxfuse.reading.movable.permutation import Permutation, permutation_of
-from fxfuse.reading.runs import after, before
+from fxfuse.reading.movable.permutations import Permutation, indexed, permutation_of
 from fxfuse.reading.view import View
 from fxfuse.rearranging.permutation_passing import Passed, passed
 from fxfuse.refusal import Refusal
@@ -79,13 +77,12 @@ class Routes:
 
     def _taken(self, op: Operator, node: Node, reader: Node, permutation: Permutation, forward: bool) -> Refusal | None:
         """None where the next layer takes a permutation that stands after `node`, else why it does not, "" if none."""
-        affine, readers = self.view.affine, self.view.readers
-        run = after(node, affine, readers) if forward else before(node, reader, affine, readers)
+        run = self.view.after(node) if forward else self.view.before(node, reader)
         for here, step in islice(run, FAR):
             layer = step.op
             if (here not in node.users) if forward else (reader not in here.users):
                 break  # it reads a piece of it
-            if permutation.plain and here in self.view.sized and not (forward and layer.weighted):
+            if permutation.groups is None and here in self.view.sized and not (forward and layer.weighted):
                 return Refusal(f"the size of {place(here)} is asked for")
             both = self._chained(op, layer, forward)
             if layer.weighted:
@@ -125,11 +122,11 @@ class Routes:
 
     def _held(self, permutation: Permutation, way: Sequence[Node], node: Node, forward: bool) -> bool:
         """Whether the permuted numbers of a node on the way end up in a layer."""
-        op, steps, readers = self.view.affine[node].op, self.view.affine, self.view.readers
+        op = self.view.affine[node].op
         if op.weighted:
             return not isinstance(self.patterns.combine("alone", _computed(op), _computed(op)), Refusal)
         at, start = way.index(node), permutation.nodes[0]
-        run = before(permutation.source, start, steps, readers) if forward else after(permutation.last, steps, readers)
+        run = self.view.before(permutation.source, start) if forward else self.view.after(permutation.last)
         there = chain(way[:at][::-1], (n for n, _ in run))  # on the side on which the permutation is
         return self._absorbed(op, there, not forward) or self._absorbed(op, way[at + 1 :], forward)
 
@@ -155,7 +152,7 @@ def permutations_left(view: View, patterns: Selection, price: CostFunction, fuse
     routes, notes = Routes(view, patterns, price), list[Refusal]()
     single = [permutation_of(n, a) for n, a in view.affine.items() if n not in fused]
     by_tensor = [i.permutation for i in indexed(view) if i.permutation.whole]
-    for permutation in (*filter(None, single), *by_tensor, *(s.permutation for s in view.movable.shuffles)):
+    for permutation in (*filter(None, single), *by_tensor, *view.movable.shuffles):
         found, where = routes.find(permutation), place(permutation.last)
         if isinstance(found, Route):
             reason = "a permutation of channels stays: what it reads is written in place before a layer could take it"

@@ -20,7 +20,6 @@ from fxfuse.algebra.operator import Operator
 from fxfuse.cost import CostFunction
 from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
-from fxfuse.reading.runs import before
 from fxfuse.reading.view import View
 
 
@@ -48,7 +47,7 @@ def swap(view: View, patterns: Selection, price: CostFunction) -> Iterator[Edit]
 def _up_to_conv(view: View, pool: Node, op: Operator) -> list[Node]:
     """The nodes before `pool` up to a convolution, last first, if nobody else reads any; else none."""
     nodes = list[Node]()
-    for node, step in before(view.source(pool), pool, view.affine, view.readers):
+    for node, step in view.before(view.source(pool), pool):
         if step.op.spatial not in (None, op.spatial) or node in view.sized or node in view.effects.writes:
             break
         nodes.append(node)

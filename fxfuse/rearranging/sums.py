@@ -22,7 +22,6 @@ from fxfuse.algebra.operator import IDENTITY, Operator
 from fxfuse.cost import CostFunction
 from fxfuse.graph_edits import Edit, Editor
 from fxfuse.pattern import Selection
-from fxfuse.reading.runs import before
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
 
@@ -100,7 +99,7 @@ def _groups(view: View, tree: _Tree, patterns: Selection, price: CostFunction) -
 def _branch(view: View, leaf: Node, patterns: Selection) -> tuple[Node, Operator]:
     """The tensor that a summand is computed of by one operator, and that operator."""
     op, source = IDENTITY, leaf
-    for node, step in before(leaf, view.readers(leaf)[0], view.affine, view.readers):
+    for node, step in view.before(leaf, view.readers(leaf)[0]):
         if node in view.sized or node in view.effects.writes:
             break
         both = step.op if op is IDENTITY else patterns.combine("chain", step.op, op)

@@ -14,8 +14,8 @@ from fxfuse.algebra.combine import needs_pad
 from fxfuse.algebra.operator import Operator
 from fxfuse.graph_edits import provenance
 from fxfuse.names import above
+from fxfuse.planning.conflicts import answers
 from fxfuse.planning.sites import Fuse, Site
-from fxfuse.planning.size_answers import answers
 from fxfuse.reading.view import View
 from fxfuse.rewriting.assemble import spelled
 from fxfuse.rewriting.feasible import Built

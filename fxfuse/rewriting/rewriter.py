@@ -10,9 +10,9 @@ from torch.fx import Node
 
 from fxfuse.algebra.constants import model_values
 from fxfuse.graph_edits import insert_check
+from fxfuse.planning.conflicts import answers
 from fxfuse.planning.regions import Step, steps_of
 from fxfuse.planning.sites import Fuse, Plan, Rejoin, Segment, some_branches
-from fxfuse.planning.size_answers import answers
 from fxfuse.planning.slice_readers import RESHAPES
 from fxfuse.reading.view import View
 from fxfuse.rewriting.assemble import Rewritten
@@ -59,11 +59,11 @@ class _Rewriter:
                 self.emitter.replace(segment.exit, new)
                 self._let_through(segment)
                 value = new
-            elif segment.step.node is None:
-                coefficient *= float(segment.step.op.const("factor"))
+            elif segment.node is None:
+                coefficient *= float(segment.op.const("factor"))
             else:
-                self._keep_commuting(segment.step.node, segments)
-                value = self.emitter.current(segment.step.node)
+                self._keep_commuting(segment.node, segments)
+                value = self.emitter.current(segment.node)
         return value, coefficient
 
     def _keep_commuting(self, node: Node, segments: tuple[Segment, ...]) -> None:
@@ -160,7 +160,7 @@ class _Rewriter:
 
     def _let_through(self, fuse: Fuse) -> None:
         """Let those that read a factor which has moved elsewhere read its input."""
-        for step in (s for p in fuse.parts for s in steps_of(p)):
+        for step in steps_of(*fuse.parts):
             if step.moved and step.node is not None:
                 value = self.emitter.current(self.view.source(step.node))
                 if step.contiguous and step.node.users:

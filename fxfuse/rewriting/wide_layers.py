@@ -45,7 +45,7 @@ class Wide:
 
     def _run(self, run: Run, group: Siblings, wide: Node, start: int) -> int:
         """The slices of one run, which begins at channel `start`; the channel behind it."""
-        members, axis = group.members[run.start : run.stop], -(group.op.spatial or 0) - 1
+        members, axis = run.members, -(group.op.spatial or 0) - 1
         width = sum(f.op.out_channels for f in members)
         base, offset = wide, start
         if run.activation is not None:

@@ -7,25 +7,24 @@ notes for each value the axes along which a factor could move.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch.fx import Node
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.reading.affine import Affine
+from fxfuse.reading.nodes import Nodes
 
 ANY = 0  # in a set of axes: what is the same on every channel passes
 Axes = frozenset[int]
 
 
-def find_ways(
-    steps: Mapping[Node, Affine], readers: Callable[[Node], list[Node]]
-) -> tuple[set[Node], dict[Node, frozenset[Node]]]:
+def find_ways(steps: Mapping[Node, Affine], nodes: Nodes) -> tuple[set[Node], dict[Node, frozenset[Node]]]:
     """What commutes and lies on some factor's way; and for a factor that several layers share all nodes on its ways.
 
-    `steps` are the nodes of one input, commuting ones among them, in execution order; `readers` read data.
+    `steps` are those of `nodes` with one input, commuting ones among them, in execution order.
     """
-    read = {n: readers(n) for n in steps}
+    read = {n: nodes.readers(n) for n in steps}
     up, down = _upward(steps, read), {shift: _downward(steps, read, shift) for shift in (False, True)}
     on_ways, trees, seen = set[Node](), dict[Node, frozenset[Node]](), set[Node]()
     for node, affine in steps.items():
@@ -56,21 +55,15 @@ def passes(op: Operator) -> bool:
     return op.kind in ("scale", "identity", "commuting") or (op.kind == "pool" and not op.pads)
 
 
-def axes_of(op: Operator) -> dict[int, int] | None:
-    """For each axis of a commuting node's output the axis of its input; None where all stay."""
-    pairs = op.const("axes") if op.kind == "commuting" else None
-    return None if pairs is None else dict(pairs)
-
-
 def _axis(op: Operator) -> int:
     return ANY if op.spatial is None else -op.spatial - 1
 
 
-def _through(op: Operator, axes: Axes, up: bool) -> Axes:
+def axes_past(op: Operator, axes: Axes, up: bool) -> Axes:
     """The axes of what `op` gives for those of what it reads, if factors move `up` past it; else the other way."""
-    if (pairs := axes_of(op)) is not None:
-        moved = frozenset(o if up else i for o, i in pairs.items() if (i if up else o) in axes)
-        axes = moved | (axes & {ANY})
+    pairs = op.const("axes") if op.kind == "commuting" else None
+    if pairs is not None:
+        axes = frozenset(o if up else i for o, i in pairs if (i if up else o) in axes) | (axes & {ANY})
     return axes & {_axis(op), ANY} if _axis(op) != ANY else axes
 
 
@@ -82,7 +75,7 @@ def _upward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]]) -> di
         if op.weighted:
             up[node] = frozenset((_axis(op), ANY))
         elif passes(op) and source in up and read[source] == [node]:
-            up[node] = _through(op, up[source], up=True)
+            up[node] = axes_past(op, up[source], up=True)
     return up
 
 
@@ -99,7 +92,7 @@ def _downward(steps: Mapping[Node, Affine], read: Mapping[Node, list[Node]], shi
             # its border would change with them
             border = op.pads and op.padding_mode == "zeros" and (shift or op.pad_value != 0)
             return frozenset() if border or op.transposed else frozenset((_axis(op), ANY))
-        return _through(op, down[reader], up=False) if passes(op) else frozenset()
+        return axes_past(op, down[reader], up=False) if passes(op) else frozenset()
 
     for node in reversed(list(steps)):
         found = [accepted(node, r) for r in read[node]]

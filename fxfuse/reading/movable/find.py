@@ -9,11 +9,10 @@ from torch.fx import Node
 
 from fxfuse.reading.affine import Affine
 from fxfuse.reading.movable.commuting import read_commuting
-from fxfuse.reading.movable.dynamic_conv import Dynamic, DynamicConvs
-from fxfuse.reading.movable.factor_after_join import SplitFactors, after_joins
-from fxfuse.reading.movable.factor_before_concat import before_concats
+from fxfuse.reading.movable.dynamic_conv import Dynamic, find_dynamic
 from fxfuse.reading.movable.factor_ways import find_ways
-from fxfuse.reading.movable.shuffles import Shuffle, candidates, find_shuffles
+from fxfuse.reading.movable.factors_at_joins import SplitFactors, after_joins, before_concats
+from fxfuse.reading.movable.permutations import Permutation, find_shuffles, transposes
 from fxfuse.reading.nodes import Nodes
 
 
@@ -30,12 +29,12 @@ class Movable:
     trees: Mapping[Node, frozenset[Node]] = field(default_factory=dict)
     split: Mapping[Node, SplitFactors] = field(default_factory=dict)
     unbiased: tuple[Dynamic, ...] = ()
-    shuffles: tuple[Shuffle, ...] = ()
+    shuffles: tuple[Permutation, ...] = ()
 
 
 def find_movable(nodes: Nodes) -> tuple[Movable, dict[Node, Affine]]:
     """All that may act elsewhere, and the affine nodes with those between a factor and a layer that commute with it."""
-    if not candidates(nodes.shapings) and not any(_apart(nodes, affine) for affine in nodes.affine.values()):
+    if not any(transposes(nodes)) and not any(_apart(nodes, affine) for affine in nodes.affine.values()):
         return Movable(), nodes.affine
     graph, steps = nodes.captured.graph, dict[Node, Affine]()
     for node in graph.nodes:
@@ -45,13 +44,13 @@ def find_movable(nodes: Nodes) -> tuple[Movable, dict[Node, Affine]]:
         affine = nodes.affine.get(node) or read_commuting(node, call, nodes.dims, nodes.facts)
         if affine is not None and affine.kind == "unary" and node not in nodes.effects.writes:
             steps[node] = affine  # what is written in place cannot stand in two places
-    on_ways, trees = find_ways(steps, nodes.readers)
-    dynamic = DynamicConvs(nodes, steps)
+    on_ways, trees = find_ways(steps, nodes)
+    split, unbiased = find_dynamic(nodes, steps)
     movable = Movable(
         commuting={n: a for n, a in steps.items() if a.op.kind == "commuting"},
         trees=trees,
-        split=after_joins(nodes) | dynamic.split_factors() | before_concats(nodes),
-        unbiased=tuple(dynamic.unbiased()),
+        split={s.factors[0]: s for s in (*after_joins(nodes), *split, *before_concats(nodes))},
+        unbiased=tuple(unbiased),
         shuffles=tuple(find_shuffles(nodes)),
     )
     chosen = nodes.affine.keys() | on_ways

@@ -1,15 +1,40 @@
-"""Whether what several nodes read is written in place before the last of them has run, so that they can't be one."""
+"""What others do with the values of nodes that are to run as one: they write them in place, or ask for a size.
+
+`b, c, h, w = bn(x).shape` can be read off x, and the size of a convolution whose batch norm joins it off the
+fused layer. Where neither the input nor the output of the new layer has the same size, the value has to stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
 from fxfuse.names import place
-from fxfuse.planning.regions import Chain, Join, Step, part_nodes, steps_of
+from fxfuse.planning.regions import Chain, Join, Part, Step, exit_of, nodes_of, steps_of
 from fxfuse.reading.view import View
 from fxfuse.refusal import Refusal
+
+
+def answers(parts: Sequence[Part], sized: Mapping[Node, Sequence[Node]]) -> dict[Node, bool] | None:
+    """For each removed node whose size is asked: whether the input (True) or the output of `parts` has it.
+
+    None where one of them has a size of its own.
+    """
+    part_of = {n: i for i, p in enumerate(parts) for n in nodes_of(p)}
+    end, found = exit_of(parts), dict[Node, bool]()
+    keeps = [isinstance(p, Step) and p.op.keeps_size for p in parts]
+    for node, number in part_of.items():
+        part = parts[number]
+        if node not in sized or node is end or part_of.keys() >= {*sized[node]}:
+            continue
+        if isinstance(part, Step) and part.moved:
+            continue  # who reads it will read what it stood on, of the same size
+        before, after = all(keeps[: number + 1]), all(keeps[number + 1 :])
+        if node is not part.node or not (before or after) or isinstance(part, Join):
+            return None
+        found[node] = before
+    return found
 
 
 def overwritten(view: View, source: Node, nodes: Sequence[Node], foreign: Iterable[Node] = ()) -> Refusal | None:
@@ -29,8 +54,7 @@ def chain_overwritten(view: View, chain: Chain) -> Refusal | None:
     """What is written in place between the layers of a chain, or of a join in it."""
     if not view.effects.writes:
         return None
-    nodes = [n for p in chain.parts for n in part_nodes(p)]
-    last = chain.parts[-1]
+    nodes, last = list(nodes_of(*chain.parts)), chain.parts[-1]
     if isinstance(last, Step) and last.op.kind == "select" and (writer := view.effects.writes_itself(nodes[-1])):
         # whether PyTorch takes a write over memory that overlaps depends on the strides, and these would change
         reason = "its slice is written in place by an operation that also reads the same memory by another name"
