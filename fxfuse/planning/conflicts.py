@@ -26,10 +26,9 @@ def answers(parts: Sequence[Part], sized: Mapping[Node, Sequence[Node]]) -> dict
     keeps = [isinstance(p, Step) and p.op.keeps_size for p in parts]
     for node, number in part_of.items():
         part = parts[number]
-        if node not in sized or node is end or part_of.keys() >= {*sized[node]}:
+        moved = isinstance(part, Step) and part.moved  # who reads it will read what it stood on, of the same size
+        if moved or node not in sized or node is end or part_of.keys() >= {*sized[node]}:
             continue
-        if isinstance(part, Step) and part.moved:
-            continue  # who reads it will read what it stood on, of the same size
         before, after = all(keeps[: number + 1]), all(keeps[number + 1 :])
         if node is not part.node or not (before or after) or isinstance(part, Join):
             return None

@@ -107,11 +107,8 @@ class Fusing:
             return op
         real = sum(not (isinstance(p, Step) and p.op.kind == "identity") for p in parts)
         if real < 2 and not any(isinstance(p, Join) for p in parts):
-            single = self.patterns.combine("alone", op, op)
-            if isinstance(single, Refusal):
-                return single
-            op = single
-        ready = combine.finish(op)
+            op = self.patterns.combine("alone", op, op)
+        ready = op if isinstance(op, Refusal) else combine.finish(op)
         if isinstance(ready, Refusal):
             return ready
         if self.view.sized and answers(parts, self.view.sized) is None:

@@ -78,11 +78,9 @@ class Alone:
             return Refusal(reason, detail=f"after {place(source)}; {self._below(node, affine)}")
         others = [u for u in view.readers(source) if u is not reader]
         if others:
-            return Refusal(
-                "the output of the layer before batch_norm is read elsewhere too",
-                detail=f"by {', '.join(map(place, others))}",
-                remedy="read the normalized tensor there instead",
-            )
+            reason = "the output of the layer before batch_norm is read elsewhere too"
+            detail = f"by {', '.join(map(place, others))}"
+            return Refusal(reason, detail=detail, remedy="read the normalized tensor there instead")
         return self._not_taken(Step(source, layer.op if layer.kind == "unary" else self.fused[source]), run)
 
     def _not_taken(self, layer: Step, run: list[Step]) -> Refusal:

@@ -62,10 +62,7 @@ def in_join(fusing: Fusing, join: Join, groups: Sequence[Result], whole: Result,
 
 
 def unfused(
-    fusing: Fusing,
-    both: Operator,
-    apart: Sequence[tuple[Operator, Fraction]],
-    parts: Sequence[Part],
+    fusing: Fusing, both: Operator, apart: Sequence[tuple[Operator, Fraction]], parts: Sequence[Part]
 ) -> Refusal:
     """What forbids a merge that the patterns allow, or else that it does not pay, with its two numbers.
 
