@@ -20,9 +20,8 @@ class AvgPool(Pattern):
     refused_when = "count_include_pad=False at a padded border, ceil_mode, divisor_override, or a dearer kernel"
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
-        if relation == "sum":
-            return "pool" in (f.kind, g.kind)
-        return "pool" in (f.kind, g.kind) and "identity" not in (f.kind, g.kind)
+        kinds = (f.kind, g.kind)
+        return "pool" in kinds and (relation == "sum" or "identity" not in kinds)
 
     examples = (
         Example(

@@ -27,9 +27,8 @@ def framed(f: Operator, g: Operator) -> Operator | Refusal:
 def needs_frame(f: Operator, g: Operator) -> bool:
     """Whether g(f(x)) is one operator with a frame and none without."""
     f, g = same_layout(f, g)
-    if f.kind == "identity" or f.spatial != g.spatial or not g.pads or _refuse(f, g):
-        return False
-    return not pads_with_bias(f, g)
+    able = f.kind != "identity" and f.spatial == g.spatial and g.pads and not _refuse(f, g)
+    return able and not pads_with_bias(f, g)
 
 
 def _refuse(f: Operator, g: Operator) -> Refusal | None:

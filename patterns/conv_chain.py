@@ -25,9 +25,7 @@ class ConvChain(Pattern):
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
         kinds = {f.kind, g.kind}
-        if kinds & {"identity", "pool"} or kinds == {"scale"}:
-            return False
-        return kinds != {"scale", "conv"}
+        return not kinds & {"identity", "pool"} and kinds not in ({"scale"}, {"scale", "conv"})
 
     examples = (
         Example(

@@ -60,10 +60,10 @@ def densify(op: Operator, groups: int, full: bool = False) -> Operator:
 def dense(f: Operator, weight: Tensor, groups: int, full: bool = False) -> Tensor:
     """The weight of `f` with `groups` groups, and with a column for every channel if `full`."""
     count, width = weight.shape[:2]
+    rows = torch.arange(count, device=weight.device)
     if f.groups != groups:
         ratio = f.groups // groups
         wide = weight.new_zeros(count, ratio, width, *weight.shape[2:])
-        rows = torch.arange(count, device=weight.device)
         wide[rows, (rows // (count // f.groups)) % ratio] = weight
         weight = wide.flatten(1, 2)
     if full and f.reads is not None:
@@ -71,7 +71,6 @@ def dense(f: Operator, weight: Tensor, groups: int, full: bool = False) -> Tenso
         wide = weight.new_zeros(count, f.in_channels // groups, *weight.shape[2:])
         if groups == 1:  # which may read a channel twice
             return wide.index_add_(1, columns[0], weight)
-        rows = torch.arange(count, device=weight.device)
         wide[rows[:, None], columns[rows // (count // groups)] % wide.shape[1]] = weight
         weight = wide
     return weight

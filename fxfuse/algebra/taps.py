@@ -80,13 +80,10 @@ def flat(op: Operator, weight: Tensor) -> Tensor:
 def placed(op: Operator, f: Operator, g: Operator, product: Tensor) -> Tensor:
     """Products [N, taps of g, taps of f, C] as the weight [N, C, *K] of `op`, which is g(f(x))."""
     taps = product.flatten(1, 2)
-    if math.prod(f.kernel) == 1 or math.prod(g.kernel) == 1:
-        weight = taps
-    else:
-        index = _index(op, f, g).to(product.device)
+    if math.prod(f.kernel) > 1 and math.prod(g.kernel) > 1:
         weight = taps.new_zeros(taps.shape[0], math.prod(op.kernel), taps.shape[-1])
-        weight.index_add_(1, index, taps)
-    return weight.reshape(op.out_channels, *op.kernel, -1).movedim(-1, 1)
+        taps = weight.index_add_(1, _index(op, f, g).to(taps.device), taps)
+    return taps.reshape(op.out_channels, *op.kernel, -1).movedim(-1, 1)
 
 
 def _index(op: Operator, f: Operator, g: Operator) -> Tensor:

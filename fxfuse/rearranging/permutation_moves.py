@@ -143,14 +143,13 @@ def _function(view: View, node: Node, rows: Ints, editor: Editor) -> Node:
             return None
         return editor.call(node, operator.getitem, (editor.attribute(node, held.path), index_of(0, rows)))
 
-    args, source = call.args, node.all_input_nodes[0]
     if call.op == "conv":
-        rest = [args[n] for n in ("stride", "padding", "dilation", "groups")]
-        values = (source, row("weight"), row("bias"), *rest)
-        new = editor.call(node, getattr(F, f"conv{call.spatial}d"), values, node, node)
+        function, names = getattr(F, f"conv{call.spatial}d"), ["weight", "bias"]
+        rest = [call.args[n] for n in ("stride", "padding", "dilation", "groups")]
     else:
-        state = [row(n) for n in ("running_mean", "running_var", "weight", "bias")]
-        new = editor.call(node, F.batch_norm, (source, *state, False, 0.0, args["eps"]), node, node)
+        function, names = F.batch_norm, ["running_mean", "running_var", "weight", "bias"]
+        rest = [False, 0.0, call.args["eps"]]
+    new = editor.call(node, function, (node.all_input_nodes[0], *map(row, names), *rest), node, node)
     fact = view.facts[node].sure or view.facts[node]
     if fact.rank is not None:  # a batch norm module settles the rank of what it reads, the function does not
         editor.sized(new, [fact.axes.get(a) for a in range(-fact.rank, 0)])

@@ -8,7 +8,7 @@ norm and a factor a channel are the case of one channel a group, where any P wil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.fx import Node
 
@@ -23,8 +23,7 @@ from fxfuse.refusal import Refusal
 KINDS = ("conv", "scale", "pool", "pad", "identity")  # of what a permutation may pass
 
 
-@dataclass(frozen=True, slots=True)
-class Passed:
+class Passed(NamedTuple):
     """A node that a permutation passes: what is left of it on the other side, and the rows of the node's weights.
 
     `rows` is None where the node has no number of its own for each channel.
@@ -67,22 +66,16 @@ def passed(node: Node, view: View, permutation: Permutation, reads: Ints, forwar
     after = tuple(g * outer + i for g in groups for i in range(outer))
     if op.kind not in ("conv", "scale"):
         return Passed(node, after)
-    return Passed(node, after, _inverse(after) if forward else reads)
+    inverse = tuple(sorted(range(len(after)), key=after.__getitem__))
+    return Passed(node, after, inverse if forward else reads)
 
 
 def _groups(reads: Ints, size: int, strict: bool) -> Ints | None:
     """The groups in the order in which `reads` takes them, if it takes each whole (and `strict`ly in order)."""
     runs = [reads[i : i + size] for i in range(0, len(reads), size)]
     groups = tuple(run[0] // size for run in runs)
-    for run, group in zip(runs, groups, strict=True):
-        whole = tuple(range(group * size, (group + 1) * size))
-        if (run if strict else tuple(sorted(run))) != whole:
-            return None
-    return groups
-
-
-def _inverse(reads: Ints) -> Ints:
-    return tuple(sorted(range(len(reads)), key=reads.__getitem__))
+    whole = [tuple(range(g * size, (g + 1) * size)) for g in groups]
+    return groups if (runs if strict else [tuple(sorted(run)) for run in runs]) == whole else None
 
 
 def _refusal(why: str, node: Node) -> Refusal:

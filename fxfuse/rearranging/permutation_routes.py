@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice
+from typing import NamedTuple
 
 from torch.fx import Node
 
@@ -29,8 +30,7 @@ NAMED = 3  # readers of a value that a refusal names
 STRAIGHT = ("scale", "identity", "select", "pad")  # kinds that a layer takes in together with a permutation
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """The nodes that a permutation passes, the first one first; `forward` if the layer comes after them."""
 
     steps: tuple[Passed, ...]

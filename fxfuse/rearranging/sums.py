@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial, reduce
+from typing import NamedTuple
 
 from torch.fx import Node
 
@@ -28,8 +28,7 @@ from fxfuse.refusal import Refusal
 LARGEST = 128  # summands of a group: each is an operator inside the next one
 
 
-@dataclass(frozen=True)
-class _Tree:
+class _Tree(NamedTuple):
     """Sums that end in `root`: the inner ones, read by the next alone, and what is summed, in order.
 
     `known` are the groups of summands, by number, that are a sum of their own already.

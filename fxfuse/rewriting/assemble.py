@@ -17,6 +17,7 @@ from fxfuse.attributes import attribute, owner_of
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
 from fxfuse.capture.tracer import Reader
+from fxfuse.names import above
 from fxfuse.ops.modules import HOOKS
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
@@ -136,12 +137,9 @@ def spelled(root: nn.Module, path: str) -> str:
 
 def _holder(target: str, state: Mapping[str, Any]) -> nn.Module | None:
     """The module of `state` in which the tensor at `target` is a plain attribute, such as a pruned weight."""
-    owner, _, name = target.rpartition(".")
-    parts = owner.split(".")
-    for i in range(len(parts), 0, -1):
-        above = state.get(".".join(parts[:i]))
-        if isinstance(above, nn.Module):
-            module = above.get_submodule(".".join(parts[i:]))
+    for path in reversed(above(target)):
+        if isinstance(holder := state.get(path), nn.Module):
+            module, name = owner_of(holder, target[len(path) + 1 :])
             return module if name in module.__dict__ else None
     return None
 

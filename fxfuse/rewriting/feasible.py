@@ -30,7 +30,10 @@ def feasible(plan: Plan, view: View, values: Values | None) -> tuple[Plan, Built
     ops = list(dict.fromkeys([op for s in sites for op in _operators(s, wide)] + [g.op for g in siblings]))
     stored: dict[Operator, Stored | Refusal] = {op: blank(op) for op in ops} if values is None else tensors(ops, values)
     refused = {op: r.at(op.path) for op, r in stored.items() if isinstance(r, Refusal)}
-    done = _whole_trees(sites, {i for i, s in enumerate(sites) if not refused.keys().isdisjoint(_operators(s, wide))})
+    shared = nx.Graph((number, node) for number, site in enumerate(sites) for node in site.nodes())
+    failed = (i for i, s in enumerate(sites) if not refused.keys().isdisjoint(_operators(s, wide)))
+    left = set().union(*(nx.node_connected_component(shared, i) for i in failed))  # a factor that several share stays
+    done = [s for i, s in enumerate(sites) if i not in left]
     there = {f.exit for s in done for f in fuses(s.segments)}
     able = tuple(g for g in siblings if g.op not in refused and there.issuperset(f.exit for f in g.members))
     if able != siblings:
@@ -51,10 +54,3 @@ def _operators(site: Site, wide: Set[Node]) -> list[Operator]:
     """The operators of a site that need numbers of their own."""
     found = [op for f in fuses(site.segments) for op in (None if f.exit in wide else f.op, f.shift)]
     return [op for op in found if op is not None]
-
-
-def _whole_trees(sites: list[Site], left_out: Set[int]) -> list[Site]:
-    """All sites but those `left_out`, by number, and those that share a factor with one: the factor stays."""
-    shared = nx.Graph((number, node) for number, site in enumerate(sites) for node in site.nodes())
-    left = set().union(*(nx.node_connected_component(shared, number) for number in left_out))
-    return [s for number, s in enumerate(sites) if number not in left]

@@ -85,8 +85,9 @@ class _Rewriter:
                 together.append(first)
             else:
                 results.append(self.emit(source, piece))
-        if not segment.merged and not any(_ends_in_coefficient(p) for p in segment.pieces):
-            return join.node
+        stretches = (s for piece in segment.pieces for s in piece if isinstance(s, Fuse))
+        if not segment.merged and all(p.node is not None for s in stretches for p in s.parts):
+            return join.node  # no coefficient of the join went into a layer either
         with self.graph.inserting_before(join.node):
             if join.kind == "concat":
                 new = self.graph.call_function(torch.cat, ([n for n, _ in results], -(join.spatial or 0) - 1))
@@ -168,8 +169,3 @@ class _Rewriter:
                         value = self.graph.call_method("contiguous", (value,))
                     self.emitter.condemned.add(value)  # if nobody reads it in the end
                 self.emitter.replace(step.node, value)
-
-
-def _ends_in_coefficient(piece: tuple[Segment, ...]) -> bool:
-    """Whether a coefficient of the join went into a fused layer of the branch."""
-    return any(isinstance(s, Fuse) and any(p.node is None for p in s.parts) for s in piece)
