@@ -61,12 +61,12 @@ def _greedy(groups: list[Group], price: PriceOf) -> list[Group]:
     return groups
 
 
-def cut(count: int, price: PriceOf) -> list[Group]:
-    """Cheapest cut of `count` branches, whose order counts, into runs; `price` as for `partition`."""
+def cut(count: int, price: PriceOf, longest: int) -> list[Group]:
+    """Cheapest cut of `count` branches, whose order counts, into runs of at most `longest`."""
     best: list[tuple[Price, list[Group]]] = [(FREE, [])]
     for j in range(count):
         options = []
-        for i in range(j, -1, -1):  # shortest run first: a tie merges less
+        for i in range(j, max(j - longest, -1), -1):  # shortest run first: a tie merges less
             run = tuple(range(i, j + 1))
             if (alone := price(run)) is not None:
                 options.append((plus(best[i][0], alone, NODE), [*best[i][1], run]))

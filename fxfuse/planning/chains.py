@@ -104,9 +104,10 @@ def _best_of_join(fusing: Fusing, join: Join, branches: list[Option], area: Frac
     def price(group: Group) -> Price | None:
         return None if (option := best(group)) is None else option.price
 
-    groups = (partition if join.kind == "sum" else cut)(len(branches), price)
+    count = len(branches)
+    groups = partition(count, price) if join.kind == "sum" else cut(count, price, STEPS)
     options = [o for o in map(best, groups) if o is not None]
-    whole = _on_axis(join, merged(tuple(range(len(branches)))))
+    whole = _on_axis(join, merged(tuple(range(count))))
     joins = len(groups) - 1 if join.kind == "sum" else int(len(groups) > 1)
     total = plus(*(o.price for o in options), (0, Fraction(0), joins))
     refused = [r for o in options for r in o.refused]
