@@ -48,13 +48,11 @@ class FuseTracer(Tracer):
         self.proxy_buffer_attributes = proxy_buffers
         self.fix_defaults = fix_defaults
         self.whole: dict[str, Exception] = {}
-        self.numbers: dict[Node, bool] = {}  # which nodes give one, as far as that was asked
         self._parameter_proxies: dict[str, Proxy] = {}
-        self._modes = _modes()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         self._modes = _modes()
-        self.numbers = {}
+        self.numbers: dict[Node, bool] = {}  # which nodes give one, as far as that was asked
         forward = type(root).forward if isinstance(root, nn.Module) else root
         if isinstance(root, nn.Module):
             _refuse_catching(forward)

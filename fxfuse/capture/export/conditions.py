@@ -94,9 +94,9 @@ class _Readable(ast.NodeTransformer):
     """A guard as torch.export writes it (`L['x'].size()[2] > 4`) in terms of the inputs: `x.size(2) > 4`."""
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        value = self.visit(node.value)
-        if isinstance(value, ast.Name) and value.id == "L" and isinstance(node.slice, ast.Constant):
+        if isinstance(node.value, ast.Name) and node.value.id == "L" and isinstance(node.slice, ast.Constant):
             return ast.Name(str(node.slice.value))
+        value = self.visit(node.value)
         if isinstance(value, ast.Call) and not value.args:
             return ast.Call(value.func, [node.slice], [])
         return ast.Subscript(value, node.slice)

@@ -130,6 +130,15 @@ def test_inputs_in_containers() -> None:
             candidate(xs, pair, scale=3.0)
 
 
+def test_a_parameter_called_as_torch_export_calls_its_table_of_inputs() -> None:
+    model = usual(lambda self, L: self.b(self.a(L[0])) if L[0].shape[2] % 2 == 0 else L[1])
+    xs = list(torch.randn(2, 2, 4, 6, 5).double())
+    fused = fxfuse.optimize(model, (xs,), capture="export")
+    assert relative_error(fused(xs), model(xs)) < 1e-12
+    with pytest.raises(AssertionError, match=r"made for inputs with L\[0\]\.size\(2\) % 2 == 0"):
+        fused([xs[0][:, :, 1:], xs[1]])
+
+
 def test_one_tensor_given_twice_is_two_inputs() -> None:
     model = usual(lambda self, x, y: self.b(self.a(x)) + 2 * y)
     x, y = torch.randn(2, 2, 4, 5, 5).double()
