@@ -79,7 +79,10 @@ class Pattern:
     examples: tuple[Example, ...] = ()
 
     def matches(self, relation: str, f: Operator, g: Operator) -> bool:
-        """Whether this pattern is about `f` and `g`. Built-in patterns never overlap."""
+        """Whether this pattern is about `f` and `g`.
+
+        Patterns are asked in the order of their names; the first result counts, and if all refuse, the first refusal.
+        """
         raise TypeError(f"pattern {self.name!r} does not define matches(relation, f, g)")
 
     def refuse(self, relation: str, f: Operator, g: Operator) -> Refusal | None:
@@ -89,7 +92,8 @@ class Pattern:
     def rewrite(self, relation: str, f: Operator, g: Operator) -> Operator | Refusal:
         """The one operator that the two become; the algebra refuses what is not exact.
 
-        Siblings and swaps have no law in the algebra: their pattern defines it here, or inherits from a built-in one.
+        It is used where a convolution or linear layer is in it, or in what it is merged with. Siblings and swaps have
+        no law in the algebra: their pattern defines it here, or inherits from a built-in one.
         """
         return RELATIONS[relation](f, g)
 

@@ -30,6 +30,7 @@ OPERATORS: dict[str, tuple[str, int | None]] = {
     "alias": ("identity", None),
     "_native_batch_norm_legit_no_training": ("batch_norm_outputs", None),
 }
+# Of all operators, before `_SPECIAL` sees them; what the keywords of functions are called besides stands in `call`.
 _RENAMED = {"self": "input", "mat2": "other", "train": "training", "split_sizes": "split_size"}
 
 

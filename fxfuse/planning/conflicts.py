@@ -45,7 +45,7 @@ def overwritten(view: View, source: Node, nodes: Sequence[Node], foreign: Iterab
     own = {*nodes, *(w for n in nodes if n in view.affine for w in view.affine[n].extra)} - {*foreign}
     at = [effects.position[n] for n in nodes]
     writer = effects.written_between(source, min(at), max(at), own)
-    reason = "its input is overwritten in place before the last layer of the site has run"
+    reason = "what its first layer reads is overwritten in place before the last layer of the site has run"
     return None if writer is None else _written(reason, writer, nodes[-1])
 
 

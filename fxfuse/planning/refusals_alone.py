@@ -56,7 +56,7 @@ class Alone:
         steps = [self.fusing.view.affine.get(source) for source, _ in affine.inputs]
         paths = [a.op.path for a in steps if a is not None and a.kind == "unary" and (a.op.weighted or a.op.path)]
         verb = "summed" if affine.kind == "sum" else "concatenated"
-        reason = f"what is {verb} does not start at one tensor: something between is not linear"
+        reason = f"what is {verb} is not all made of one tensor by layers that can be merged"
         if paths:
             yield Refusal(reason, where=paths[0], detail=f"at {node.name}")
 
@@ -80,7 +80,7 @@ class Alone:
         if others:
             reason = "the output of the layer before batch_norm is read elsewhere too"
             detail = f"by {', '.join(map(place, others))}"
-            return Refusal(reason, detail=detail, remedy="read the normalized tensor there instead")
+            return Refusal(reason, detail=detail, remedy="read the normalized tensor there, if that is meant")
         return self._not_taken(Step(source, layer.op if layer.kind == "unary" else self.fused[source]), run)
 
     def _not_taken(self, layer: Step, run: list[Step]) -> Refusal:

@@ -70,7 +70,7 @@ def test_averaged_heads_of_one_tensor_are_one(name: str) -> None:
 
 def test_heads_of_two_tensors_stay_two() -> None:
     report = check(lambda s, x: (s.a(x[:, 0]) + s.b(x[:, 1])) / 2, heads(), tokens(), {"linear": 2, "add": 1})
-    assert any("does not start at one tensor" in r.reason and r.where == "a" for r in report.refused)
+    assert any("is not all made of one tensor" in r.reason and r.where == "a" for r in report.refused)
 
 
 BEFORE: dict[str, Forward] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse.algebra.operator import Operator
 
-OVERWRITTEN = "its input is overwritten in place before the last layer of the site has run"
+OVERWRITTEN = "what its first layer reads is overwritten in place before the last layer of the site has run"
 DEAR = "exact, but merged it would cost more"
 OFF = "pattern conv_bn is switched off"
 SIZE = "somebody asks for the size of a value that would be gone, and no other value has that size"

@@ -16,7 +16,7 @@ from examples.blocks import BLOCKS
 REASONS = {
     "cost": "exact, but merged it would cost more",
     "border": "pads with a value that is not the bias of the first: the border would differ",
-    "sources": "does not start at one tensor: something between is not linear",
+    "sources": "is not all made of one tensor by layers that can be merged",
     "norm": "batch_norm follows no convolution or linear layer of constant weight",
     "whole": "the module stays Python: its forward cannot be traced",
     "computed": "its weight is computed from data",

@@ -227,5 +227,5 @@ def test_tables_of_what_fired_and_what_was_refused() -> None:
     assert rows["`parallel_conv`"] == ["22", "1", "0"]
     assert rows["timm byobnet"][:3] == ["1", "44 → 22", "61 → 0"]
     assert rows["torchvision classification"][:3] == ["1", "20 → 20", "20 → 0"]
-    reason = "what is summed does not start at one tensor: something between is not linear"
+    reason = "what is summed is not all made of one tensor by layers that can be merged"
     assert rows[reason] == ["8", "1"]
