@@ -35,7 +35,7 @@ def compute(op: Operator, source: Values) -> Numbers:
 
 
 def _double(op: Operator, name: str, source: Values) -> Any:
-    """A constant of `op` in double precision; None where it has none of that name's."""
+    """A constant of `op` in double precision, None where it is None."""
     value = evaluate(op.const(name), source)
     return None if value is None else double(value)
 
@@ -140,10 +140,10 @@ def _concat(op: Operator, parts: list[Numbers], source: Values) -> Numbers:
 
 def _laid(op: Operator, width: int, tensors: Iterable[Tensor | None], rows: list[slice]) -> Tensor | None:
     """Weights or frames of the branches in one, each in its taps and rows; None where there are none."""
-    whole = None
+    whole, wide = None, torch.complex128 if op.dtype is not None and op.dtype.is_complex else torch.float64
     for run, branch, tensor in zip(rows, op.operands, tensors, strict=True):
         if tensor is not None:
-            whole = tensor.new_zeros(op.out_channels, width, *op.kernel) if whole is None else whole
+            whole = tensor.new_zeros(op.out_channels, width, *op.kernel, dtype=wide) if whole is None else whole
             where = (run, slice(None), *places(op, branch))
             whole[where] += tensor
     return whole

@@ -1,4 +1,4 @@
-"""The way of a permutation of channels to a layer that takes it into its weight, past what lies between; or why none.
+"""The way of a permutation of channels to a layer that takes it into its weight, or why there is none.
 
 Every value on the way is read by the next node alone. A permutation that would not vanish in the end stays where it
 is, and so does one that would leave a batch norm or a factor to permute its numbers at every call.
@@ -158,10 +158,10 @@ def permutations_left(view: View, patterns: Selection, price: CostFunction, fuse
             reason = "a permutation of channels stays: what it reads is written in place before a layer could take it"
             notes.append(Refusal(reason, where, "use the out-of-place form"))
             continue
-        before, after = found
+        behind, ahead = found
         reason = "a permutation of channels stays: no layer before it or after it can take it into its weight"
         remedy = "a layer with groups=1 takes it, past activations and depthwise layers that nothing else reads"
-        notes.append(Refusal(reason, where, remedy, f"before it {before.reason}; after it {after.reason}"))
+        notes.append(Refusal(reason, where, remedy, f"before it {behind.reason}; after it {ahead.reason}"))
     return notes
 
 
