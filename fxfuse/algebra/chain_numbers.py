@@ -32,7 +32,8 @@ def _product(op: Operator, f: Operator, g: Operator, one: Numbers, two: Numbers)
     """Products are laid out [N, taps of g, taps of f, C]; a pending scale of g's rows stays pending."""
     single = len(two.terms) == 1 and not two.terms[0].place
     second = two.terms[0] if single else Term(two.weight())
-    w1, b1, w2 = taps.flat(op, one.weight()), one.bias, taps.flat(op, second.weight)
+    w1, w2 = taps.flat(op, one.weight()), taps.flat(op, second.weight)
+    b1 = None if one.bias is None else one.bias.to(torch.promote_types(one.bias.dtype, double(w2[:0]).dtype))
     middle, count = f.out_channels, g.out_channels
     shift = None
     if g.groups == middle:  # each output of g reads one channel: rows are scaled, never multiplied out

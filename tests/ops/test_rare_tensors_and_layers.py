@@ -44,6 +44,28 @@ def test_complex_models(case: str) -> None:
     agrees(model_of(forward, **parts), draw=complex_of, fires=fires, without=without)
 
 
+REAL_FIRST: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "x, layer": ("concat", lambda s, x: torch.cat([x, s.c(x)], 1)),
+    "factor, layer": ("concat", lambda s, x: torch.cat([x * 2 + 1, s.c(x)], 1)),
+    "flip, layer": ("concat", lambda s, x: torch.cat([x.flip(1), s.c(x)], 1)),
+    "factor and shift before": ("conv_bn", lambda s, x: s.c(x * 2 + 1)),
+    "constants before": ("conv_bn", lambda s, x: s.c((x + s.k) * s.k)),
+    "before a grouped layer": ("conv_bn", lambda s, x: s.g((x - 1) * s.k)),
+}
+
+
+@pytest.mark.parametrize("case", REAL_FIRST)
+def test_something_real_before_or_beside_a_complex_layer(case: str) -> None:
+    pattern, forward = REAL_FIRST[case]
+    parts: dict[str, Any] = {n: nn.Conv2d(4, 4, 1, groups=g, dtype=torch.complex128) for n, g in (("c", 1), ("g", 2))}
+    model, x = (
+        model_of(forward, **parts, k=torch.rand(4, 1, 1).double()).eval(),
+        complex_of((2, 4, 6, 5), torch.Generator()),
+    )
+    fused = fxfuse.optimize(model, x, patterns=["concat!", "conv_bn!", "conv_chain"])
+    assert pattern in fxfuse.report(fused).by_pattern and relative_error(fused(x), model(x)) < 1e-14
+
+
 def test_a_real_model_made_complex() -> None:
     agrees(usual(lambda s, x: s.b(s.a(x)) * 2j), fires=True)
     agrees(usual(lambda s, x: s.b(s.a(x)) + s.z, z=complex_of((4, 1, 1), torch.Generator())), fires=True)
