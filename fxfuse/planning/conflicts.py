@@ -21,6 +21,8 @@ def answers(parts: Sequence[Part], sized: Mapping[Node, Sequence[Node]]) -> dict
 
     None where one of them has a size of its own.
     """
+    if not sized:
+        return {}
     part_of = {n: i for i, p in enumerate(parts) for n in nodes_of(p)}
     end, found = exit_of(parts), dict[Node, bool]()
     keeps = [isinstance(p, Step) and p.op.keeps_size for p in parts]

@@ -111,7 +111,7 @@ class Fusing:
         ready = op if isinstance(op, Refusal) else combine.finish(op)
         if isinstance(ready, Refusal):
             return ready
-        if self.view.sized and answers(parts, self.view.sized) is None:
+        if answers(parts, self.view.sized) is None:
             return Refusal("somebody asks for the size of a value that would be gone, and no other value has that size")
         op, executed = ready
         return self.price(op, area, executed, exit_of(parts)), Fuse(op, tuple(parts))

@@ -91,7 +91,7 @@ class LayerFirst(Fusing):
 
     def _blocked(self, parts: tuple[Part, ...]) -> Refusal | None:
         """What stands in the way of running the layer before the pool."""
-        if self.view.sized and answers(parts, self.view.sized) is None:
+        if answers(parts, self.view.sized) is None:
             return Refusal("somebody asks for the size of a value between the pool and the layer")
         nodes = list(nodes_of(*parts))
         return overwritten(self.view, self.view.source(nodes[0]), nodes)

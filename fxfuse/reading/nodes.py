@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from fxfuse.capture.captured import Captured, Shapes
+from fxfuse.capture.captured import Captured
 from fxfuse.facts.fact import Fact
 from fxfuse.facts.sizes import Dims
 from fxfuse.names import plain
@@ -28,7 +29,10 @@ _SWITCHES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_i
 
 @dataclass(frozen=True)
 class Nodes:
-    """What every node of a graph is by itself; `shapings` are the calls that give the same values in another shape."""
+    """What every node of a graph is by itself; `shapings` are the calls that give the same values in another shape.
+
+    `shapes` are those of the example inputs, as they were when the graph was read.
+    """
 
     captured: Captured
     affine: dict[Node, Affine]
@@ -37,11 +41,7 @@ class Nodes:
     facts: Mapping[Node, Fact]
     calls: Mapping[Node, Call]
     shapings: Mapping[Node, Call]
-
-    @property
-    def shapes(self) -> Shapes:
-        """Those of the example inputs."""
-        return self.captured.shapes
+    shapes: Mapping[Node, torch.Size]
 
     @cached_property
     def dims(self) -> Dims:

@@ -86,14 +86,15 @@ def look(captured: Captured) -> View:
         reason = "whether it writes a tensor that is read again depends on strides, which a fusion may change"
         remedy = "use the out-of-place form, or view instead of flatten and reshape"
         affine, refused = {}, {**refused, writer: Refusal(reason, writer.name, remedy)}
-    nodes = Nodes(captured, affine, constants, effects, facts, calls, shapings)
+    shapes = dict(captured.shapes)
+    nodes = Nodes(captured, affine, constants, effects, facts, calls, shapings, shapes)
     for node in [n for n in affine if n in nodes.inside_regions]:
         if (gone := affine.pop(node)).op.law == "batch_norm":
             refused[node] = Refusal("the forward switches gradients or autocast before it and after it", gone.op.path)
     whole = {n: str(n.target) for n in graph.nodes if n.op == "call_module" and n.target in captured.whole}
     refused |= {node: stays(path, captured.whole[path]) for node, path in whole.items()}
     movable, affine = find_movable(nodes)
-    return View(captured, affine, constants, effects, facts, calls, shapings, refused, movable)
+    return View(captured, affine, constants, effects, facts, calls, shapings, shapes, refused, movable)
 
 
 def _resolved(call: Call, constants: Mapping[Node, Any]) -> Call:

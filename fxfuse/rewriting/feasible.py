@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import replace
+from typing import Any
 
 import networkx as nx
 from torch import nn
@@ -30,9 +31,11 @@ def feasible(plan: Plan, view: View, values: Values | None) -> tuple[Plan, Built
     ops = list(dict.fromkeys([op for s in sites for op in _operators(s, wide)] + [g.op for g in siblings]))
     stored: dict[Operator, Stored | Refusal] = {op: blank(op) for op in ops} if values is None else tensors(ops, values)
     refused = {op: r.at(op.path) for op, r in stored.items() if isinstance(r, Refusal)}
-    shared = nx.Graph((number, node) for number, site in enumerate(sites) for node in site.nodes())
-    failed = (i for i, s in enumerate(sites) if not refused.keys().isdisjoint(_operators(s, wide)))
-    left = set().union(*(nx.node_connected_component(shared, i) for i in failed))  # a factor that several share stays
+    failed = [i for i, s in enumerate(sites) if not refused.keys().isdisjoint(_operators(s, wide))]
+    left = set[Any]()
+    if failed:  # a factor that several sites share stays, and so do they all
+        shared = nx.Graph((number, node) for number, site in enumerate(sites) for node in site.nodes())
+        left.update(*(nx.node_connected_component(shared, i) for i in failed))
     done = [s for i, s in enumerate(sites) if i not in left]
     there = {f.exit for s in done for f in fuses(s.segments)}
     able = tuple(g for g in siblings if g.op not in refused and there.issuperset(f.exit for f in g.members))

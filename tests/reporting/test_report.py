@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from helpers import randomize, relative_error
+from safety import Careless
 from torch import nn
 
 import fxfuse
@@ -115,22 +116,6 @@ def test_verify_needs_inputs_that_fit() -> None:
         fxfuse.optimize(nn.ReLU().eval(), verify=True)
     with pytest.raises(ValueError, match="does not run on example_inputs"):
         fxfuse.optimize(nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 5, 4, 4))
-
-
-class Careless(fxfuse.Pattern):
-    """Wrong on purpose: it forgets the padding between."""
-
-    name = "careless"
-    law = "conv -> conv => conv, borders forgotten"
-    always = True
-
-    def matches(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> bool:
-        return f.weighted and g.weighted
-
-    def rewrite(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> fxfuse.Operator:
-        from fxfuse.algebra.chain import product
-
-        return product(f, g)
 
 
 def test_verify_catches_a_wrong_pattern_and_says_where() -> None:

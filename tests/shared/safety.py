@@ -12,9 +12,24 @@ from helpers import randomize
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.algebra.chain import product
 
 SHAPES = ((2, 4, 8, 7), (3, 4, 6, 9))
 Draw = Callable[[tuple[int, ...], torch.Generator], Any]
+
+
+class Careless(fxfuse.Pattern):
+    """Wrong on purpose: it forgets the padding between."""
+
+    name = "careless"
+    law = "conv -> conv => conv, borders forgotten"
+    always = True
+
+    def matches(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> bool:
+        return f.weighted and g.weighted
+
+    def rewrite(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> fxfuse.Operator:
+        return product(f, g)
 
 
 def model_of(forward: Callable[..., Any], **parts: Any) -> nn.Module:

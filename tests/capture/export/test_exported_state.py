@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import assert_untouched, count, fingerprint, randomize, relative_error
-from safety import pickled, usual
+from safety import Careless, pickled, usual
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
@@ -225,22 +225,6 @@ def test_a_computed_weight_is_folded_under_its_layer() -> None:
 class Inner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).repeat(1, 2, 1, 1)
-
-
-class Careless(fxfuse.Pattern):
-    """Wrong on purpose: it forgets the padding between."""
-
-    name = "careless_export"
-    law = "conv -> conv => conv, borders forgotten"
-    always = True
-
-    def matches(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> bool:
-        return f.weighted and g.weighted
-
-    def rewrite(self, relation: str, f: fxfuse.Operator, g: fxfuse.Operator) -> fxfuse.Operator:
-        from fxfuse.algebra.chain import product
-
-        return product(f, g)
 
 
 def test_verification_names_the_first_difference() -> None:
