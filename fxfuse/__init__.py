@@ -10,6 +10,7 @@ from fxfuse._mount import mount as _mount
 _mount()
 
 from fxfuse.algebra.operator import Operator  # noqa: E402
+from fxfuse.guarded import strip  # noqa: E402
 from fxfuse.optimize import optimize, plan, report  # noqa: E402
 from fxfuse.pattern import Example, Pattern, register, unregister  # noqa: E402
 from fxfuse.refresh import refresh  # noqa: E402
@@ -30,5 +31,6 @@ __all__ = [
     "refresh",
     "register",
     "report",
+    "strip",
     "unregister",
 ]

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fxfuse.cost import CostFunction, cost_name, resolve
 from fxfuse.pattern import Selection, select
 from fxfuse.refresh import store, stored
 from fxfuse.reporting.report import Report, Reports
+from fxfuse.reporting.verify import ROUNDING, Rounding
 from fxfuse.reporting.verify import verify as compare
 from fxfuse.whole_model import fuse_parts
 
@@ -61,12 +63,13 @@ def optimize(
     Args:
         model: any module in eval mode.
         example_inputs: a tensor, or a tuple of positional arguments. They settle ranks that the layers
-            alone leave open, give exact costs, and are needed for `verify`. The model is not run on
-            them unless `verify` asks for it, and the result is not specialised to their sizes.
+            alone leave open and give exact costs. A copy of the model is run on them, call by call beside what was
+            captured; the result is not specialised to their sizes.
         patterns: names to use (default all); "-name" leaves one out, "name!" fuses whatever it costs.
         cost: "macs" (default), "nodes", "params", or a callable (operator, output positions) -> number.
             A merge is made where the cost does not rise; executed nodes break ties.
-        verify: True compares outputs on the example inputs; a number is the relative tolerance.
+        verify: compares outputs on the example inputs, which is the default where there are any; a number is the
+            relative tolerance. False switches that off, and the second opinion on what was captured.
         capture: how to get at the graph. "symbolic" traces with torch.fx, "export" uses torch.export on the
             example inputs, "hierarchical" keeps the model's own forward and takes its submodules. Default
             is the first of these that works; export only where its graph holds for every batch and size.
@@ -83,12 +86,15 @@ def optimize(
     inputs = as_tuple(example_inputs)
     if verify and inputs is None:
         raise ValueError("verify needs example_inputs to run the model on")
-    parts = fuse_parts(model, inputs, *_checked(model, patterns, cost), capture, dry_run=False)
+    parts = fuse_parts(model, inputs, *_checked(model, patterns, cost), capture, False, verify is not False)
     fused = parts.module()
     error = None
-    if verify and inputs is not None:
-        error = compare(model, fused, inputs, None if verify is True else float(verify), parts.root.how)
+    if verify is not False and inputs is not None:
+        tolerance = None if verify in (None, True) else float(verify)
+        error = compare(model, fused, inputs, tolerance, parts.root.how)
     report = parts.report(cost_name(cost), started, fused, error)
+    if isinstance(error, Rounding):
+        report = replace(report, notes=(ROUNDING,))
     store(fused, report, parts.replays)
     logger.info("%s", report.headline)
     return fused

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fxfuse.algebra.constants import changed, model_values
 from fxfuse.attributes import tensor_at
 from fxfuse.compiling.weight_sets import bump
+from fxfuse.guarded import without_graphs
 from fxfuse.names import below
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.report import Report
@@ -74,9 +75,9 @@ def refresh(fused: nn.Module | None = None, model: nn.Module | None = None) -> n
     source = {spelled(model, name): tensor for name, tensor in state} | dict(state)
     targets = dict(fused.named_parameters(remove_duplicate=False)) | dict(fused.named_buffers(remove_duplicate=False))
     for name, target in targets.items():
-        value = fresh.setdefault(name, source.get(name))
+        value = fresh.setdefault(name, source.get(without_graphs(name)))
         if value is None:  # a plain tensor among the model's attributes, which a graph holds as a buffer
-            value = fresh[name] = tensor_at(model, name)
+            value = fresh[name] = tensor_at(model, without_graphs(name))
         if value is None or value.shape != target.shape:
             raise ValueError(f"{type(model).__name__} has no such tensor as {name} of {tuple(target.shape)}")
     with torch.no_grad():
@@ -95,7 +96,7 @@ def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"{type(model).__name__} is not the model that was optimized: {error}") from error
     if other is not None:
         where = below(replay.path, other)
-        raise ValueError(f"{where} holds other indices than the plan was made for: call fxfuse.optimize again")
+        raise ValueError(f"{where} holds other values than the graph was made for: call fxfuse.optimize again")
     fresh: dict[str, Any] = dict(replay.constants)
     for path, op in replay.operators.items():
         numbers = computed[op]
@@ -103,4 +104,5 @@ def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:
             raise ValueError(str(numbers.at(path)))
         held = zip(PARAMETERS, numbers, strict=True)
         fresh.update({f"{path}.{name}": value for name, value in held if value is not None})
-    return {below(replay.path, name): value for name, value in fresh.items()}
+    holder = below(replay.path, replay.inside) if replay.inside else replay.path
+    return {below(holder, name): value for name, value in fresh.items()}

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
 from fxfuse.capture.example_shapes import inputs_of, propagate
 from fxfuse.capture.parts import Part, survey
+from fxfuse.capture.symbolic import form
 from fxfuse.cost import CostFunction
+from fxfuse.guarded import GRAPHS, Form, Guard, kept_parameters
 from fxfuse.names import below
 from fxfuse.pattern import Selection
 from fxfuse.pipeline import fuse
@@ -27,7 +30,8 @@ from fxfuse.rewriting.layers import Replay
 class FusedParts:
     """What came of the parts of `root`: fused and refused sites under their full paths, totals, recipes.
 
-    `memo` holds, by the id of a module, what copies of the model will have in its place.
+    `memo` holds, by the id of a module, what copies of the model will have in its place; `guarded` the graphs of those
+    that stay beside them.
     """
 
     root: Part
@@ -38,19 +42,37 @@ class FusedParts:
     before: Totals = field(default_factory=Totals)
     after: Totals = field(default_factory=Totals)
     memo: dict[int, Any] = field(default_factory=dict)
+    guarded: dict[int, list[tuple[Form, GraphModule]]] = field(default_factory=dict)
 
     def fuse(self, part: Part, captured: Captured, patterns: Selection, price: CostFunction) -> None:
         """Fuse one graph; a part in which nothing fuses keeps its module, which is as good, and its class."""
         done = fuse(captured, patterns, price, weights=not self.dry_run)
         self.fired += [replace(f, path=below(part.path, f.path)) for f in done.fired]
         self.refused += [replace(r, where=below(part.path, r.where)) for r in done.refused]
-        self.before += done.before
-        self.after += done.after
-        if part.path and not done.fired:
+        first = captured.graph is part.captured.graph if part.captured is not None else True
+        after = done.after
+        if part.kept and done.fired:  # what it had is still there, beside what is new
+            new = {
+                t for v in done.rewritten.layers.values() for t in (v.parameters() if isinstance(v, nn.Module) else [v])
+            }
+            after = replace(after, params=done.before.params * first + sum(t.numel() for t in new))
+        if first:
+            self.before += done.before
+            self.after += after
+        else:
+            self.after = replace(self.after, params=self.after.params + after.params)
+        if not done.fired and (part.path or part.kept):
             return
-        self.replays += (Replay(part.path, done.rewritten.operators, captured.constants, captured.held),)
-        if not self.dry_run:
-            built = self.memo[id(part.module)] = assemble(captured, done.rewritten.layers, self.memo)
+        graphs = self.guarded.setdefault(id(part.module), []) if part.kept else []
+        inside = f"{GRAPHS}{len(graphs)}" if part.kept else ""
+        self.replays += (Replay(part.path, done.rewritten.operators, captured.constants, captured.held, inside),)
+        if self.dry_run:
+            return
+        built = assemble(captured, done.rewritten.layers, self.memo)
+        if part.kept:
+            graphs.append((form(captured), built))
+        else:
+            self.memo[id(part.module)] = built
             keep(built, {name: getattr(part.module, name) for name in part.asked})
 
     def stay(self, part: Part) -> None:
@@ -65,6 +87,9 @@ class FusedParts:
         """The optimized model: its graph, or a copy that holds the optimized parts."""
         model = self.root.module
         made: nn.Module = self.memo[id(model)] if id(model) in self.memo else copied(model, self.memo)
+        for original, graphs in self.guarded.items():
+            if graphs and original in self.memo:
+                Guard(self.memo[original], graphs)
         return made
 
     def report(
@@ -85,6 +110,8 @@ class FusedParts:
             capture="hierarchical" if root.captured is None else root.how,
             parts=tuple(ways) if root.parts or root.captured is None else (),
             dry_run=self.dry_run,
+            kept=0 if fused is None else kept_parameters(fused),
+            kept_for=tuple(dict.fromkeys(p.kept for p in root.walk() if p.kept and self.guarded.get(id(p.module)))),
             max_error=max_error,
         )
 
@@ -96,9 +123,10 @@ def fuse_parts(
     price: CostFunction,
     capture: str | None,
     dry_run: bool,
+    checked: bool = True,
 ) -> FusedParts:
     """Every part of the model fused; a dry run computes no weight. Raises as `survey` and `inputs_of`."""
-    root = survey(model, inputs, capture)
+    root = survey(model, inputs, capture, checked)
     known = inputs_of(model, {p.path: p.module for p in root.walk() if p.captured and p.path}, inputs)
     parts = FusedParts(root, dry_run)
     for part in root.walk():
@@ -106,5 +134,6 @@ def fuse_parts(
             parts.stay(part)
         else:
             shapes = propagate(part.captured, known.get(part.path) if part.path else inputs)
-            parts.fuse(part, replace(part.captured, shapes=shapes), patterns, price)
+            for captured in (replace(part.captured, shapes=shapes), *part.others):
+                parts.fuse(part, captured, patterns, price)
     return parts

@@ -40,7 +40,7 @@ class Apply:
 
 Const = Attr | Apply | int | float | complex
 Values = Callable[[Attr], Tensor]
-Held = tuple[int, ...]  # what a constant tensor of indices holds
+Held = tuple[Any, ...]  # what a constant tensor holds, where the graph depends on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ def evaluate(const: Any, values: Values) -> Any:
 
 
 def held(const: Attr | Apply, values: Values) -> Held:
-    """What a tensor of indices holds."""
+    """What a constant tensor holds."""
     with torch.no_grad():
-        return tuple(int(i) for i in evaluate(const, values).tolist())
+        return tuple(evaluate(const, values).flatten().tolist())
 
 
 def changed(known: Mapping[Attr | Apply, Held], values: Values) -> str | None:

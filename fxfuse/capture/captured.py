@@ -31,6 +31,7 @@ class Captured:
     `general` tells that the graph holds for every batch and size the model takes.
     `held` are constants whose values the graph was changed by, with these: it holds for no others.
     `whole` are the submodules that stay one call each, by path, with what kept them from being traced.
+    `free` are parameters of the forward that may have any value or be left out: the graph is the same for all.
     `shapes` are those of the example inputs; empty without them.
     """
 
@@ -41,6 +42,7 @@ class Captured:
     general: bool = True
     whole: Mapping[str, str] = field(default_factory=dict)
     held: dict[Attr | Apply, tuple[int, ...]] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
     shapes: Shapes = field(default_factory=Shapes)
 
     @cached_property

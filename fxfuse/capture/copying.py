@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -25,7 +27,43 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
             strided = tensor.is_leaf and tensor.layout is torch.strided
             if not (strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)):
                 memo[id(tensor)] = _special(tensor)
-    return copy.deepcopy(value, memo)
+    closures = [new for function in _hooks(value) for new in _with_own_cells(function, memo)]
+    made = copy.deepcopy(value, memo)
+    for cell, content in closures:
+        cell.cell_contents = memo.get(id(content), content)  # what is not the model's stays what it is
+    return made
+
+
+def _hooks(value: Any) -> Iterator[FunctionType]:
+    """The functions that modules hold, as hooks and in attributes."""
+    for module in value.modules() if isinstance(value, nn.Module) else ():
+        for held in vars(module).values():
+            inner = held.values() if isinstance(held, dict) and held else (held,)
+            yield from (f for f in inner if isinstance(f, FunctionType) and f.__closure__)
+
+
+def _with_own_cells(function: FunctionType, memo: dict[int, Any]) -> Iterator[tuple[CellType, Any]]:
+    """Have a copy with new cells stand for a function, which deepcopy shares: a hook would write into the original."""
+    if id(function) in memo:
+        return
+    cells = [(CellType(), cell.cell_contents) for cell in function.__closure__ or () if filled(cell)]
+    if len(cells) != len(function.__closure__ or ()):
+        return
+    closure = tuple(cell for cell, _ in cells)
+    new = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    new.__kwdefaults__ = function.__kwdefaults__
+    vars(new).update(vars(function))
+    memo[id(function)] = new
+    yield from cells
+
+
+def filled(cell: CellType) -> bool:
+    """Whether a cell of a closure holds anything yet."""
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
 
 
 def _special(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxfuse.capture.captured import Captured, Shapes
 from fxfuse.capture.example_inputs import bound, run_copy
 from fxfuse.capture.failures import said
-from fxfuse.capture.guards import restored
+from fxfuse.capture.shadow import Shadow
 
 logger = logging.getLogger("fxfuse")
 _UNKNOWN = "no shapes known ahead: %s"
@@ -32,10 +32,11 @@ def propagate(captured: Captured, inputs: tuple[Any, ...] | None) -> Shapes:
     if inputs is None:
         return shapes
     bound(captured.root, inputs)
-    run = Interpreter(captured.root, garbage_collect_values=False, graph=captured.graph)
+    shadow = Shadow(captured.root).root
+    run = Interpreter(shadow, garbage_collect_values=False, graph=captured.graph)
     try:
-        with _on_fakes(captured.root, inputs) as (mode, fakes):
-            vars(captured.root).update(tree_map_only(Tensor, mode.from_tensor, captured.constants))
+        with _on_fakes(shadow, inputs) as (mode, fakes):
+            vars(shadow).update(tree_map_only(Tensor, mode.from_tensor, captured.constants))
             run.run(*fakes)
     except Exception as error:  # fake tensors cannot run everything: does the model itself?
         if not any(isinstance(t, FakeTensor) for t in tree_leaves(inputs)):
@@ -64,18 +65,17 @@ def inputs_of(
         if kwargs or _ranks(found.setdefault(path, args)) != _ranks(args):
             varied.add(path)
 
-    handles = [
-        m.register_forward_pre_hook(lambda _, args, kwargs, p=p: note(p, args, kwargs), with_kwargs=True)
-        for p, m in modules.items()
-    ]
+    shadow = Shadow(model)
+    inside = dict(shadow.root.named_modules(remove_duplicate=False))
+    for p in modules:
+        inside[p].register_forward_pre_hook(lambda _, args, kwargs, p=p: note(p, args, kwargs), with_kwargs=True)
     try:
-        with _on_fakes(model, inputs) as (_, fakes):
-            model(*fakes)
+        with _on_fakes(shadow.root, inputs) as (_, fakes):
+            shadow.root(*fakes)
     except Exception as error:  # a forward that looks at data stops where it does: what came before is known
         logger.info(_UNKNOWN, said(error))
     finally:
-        for handle in handles:
-            handle.remove()
+        shadow.changed()  # puts back what no shadow holds
     return {path: args for path, args in found.items() if path not in varied}
 
 
@@ -87,12 +87,12 @@ def _ranks(args: tuple[Any, ...]) -> list[int | None]:
 def _on_fakes(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[FakeTensorMode, tuple[Any, ...]]]:
     """A mode and the inputs as fake tensors in it; those that are fake already stay.
 
-    Fakes are in the place of all tensors of the model too, until afterwards: an operation on real ones alone would
-    run for real.
+    Fakes are in the place of all tensors of the model too, which has to be a shadow: an operation on real ones alone
+    would run for real.
     """
     known = [t for t in tree_leaves(inputs) if isinstance(t, FakeTensor)]
     mode = known[0].fake_mode if known else FakeTensorMode(allow_non_fake_inputs=True)
-    with restored(model), mode, torch.no_grad():
+    with mode, torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue

@@ -28,25 +28,50 @@ from fxfuse.refusal import CaptureError
 _WRITES = set(INPLACE.values())
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = vars(nn.Module()).keys() - set(_TABLES)
-WITHOUT_KEYS = (list, set, deque)
-_CONTAINERS = (*WITHOUT_KEYS, dict, OrderedDict)
+_CONTAINERS = (list, set, deque, dict, OrderedDict)
 
 
 @contextmanager
-def unchanged(model: nn.Module, created: dict[str, Any] | None = None, buffers: bool = False) -> Iterator[None]:
-    """The model put back as it was; `created` holds, afterwards, the constants that a trace added to it.
+def unchanged(model: nn.Module, buffers: bool = False) -> Iterator[None]:
+    """The model put back as it was.
 
     Raises:
         CaptureError: the forward drew random numbers, or changed more of the model than, if asked for, buffers.
     """
-    with restored(model, created) as changed, _attributes(model, buffers):
+    with restored(model) as changed, _attributes(model, buffers):
         yield
     if changed:
         raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")
 
 
 @contextmanager
-def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterator[list[str]]:
+def nothing_set(model: nn.Module) -> Iterator[None]:
+    """Stop assignments to attributes of modules at their line, and random numbers of Python and numpy afterwards.
+
+    Raises:
+        CaptureError: the forward set an attribute or drew random numbers.
+    """
+    with random_kept() as drawn, _attributes(model, False):
+        yield
+    if drawn:
+        raise CaptureError("the forward changes the state of a random number generator, which a graph does not repeat")
+
+
+@contextmanager
+def random_kept() -> Iterator[list[str]]:
+    """The random numbers of torch, Python and numpy go on afterwards as if nothing had run; yields what had drawn."""
+    states = _random_states()
+    drawn: list[str] = []
+    try:
+        yield drawn
+    finally:
+        if _random_states() != states:
+            drawn.append("the state of a random number generator")
+            _set_random_states(states)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[list[str]]:
     """Put attributes, lists, dicts and random states back; yields names of what had to be put back."""
     modules = [(p, m) for p, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     saved = [(p, m, dict(m.__dict__), contents(m)) for p, m in modules]
@@ -58,8 +83,6 @@ def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterato
         if _random_states() != states:
             changed.append("the state of a random number generator")
             _set_random_states(states)
-        if created is not None:
-            created.update({k: v for k, v in model.__dict__.items() if k not in saved[0][2]})
         for path, module, attributes, containers in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
@@ -67,9 +90,9 @@ def restored(model: nn.Module, created: dict[str, Any] | None = None) -> Iterato
             changed += ["self." + f"{path}.{name}".lstrip(".") for name in names]
 
 
-def contents(module: nn.Module, kinds: tuple[type, ...] = _CONTAINERS) -> list[tuple[str, Any, Any]]:
+def contents(module: nn.Module) -> list[tuple[str, Any, Any]]:
     """Its containers of these classes by name, torch's own tables but not its hooks included, each with a copy."""
-    return [(n, v, v.copy()) for n, v in vars(module).items() if type(v) in kinds and n not in _HOOKS]
+    return [(n, v, v.copy()) for n, v in vars(module).items() if type(v) in _CONTAINERS and n not in _HOOKS]
 
 
 def put_back(saved: list[tuple[str, Any, Any]]) -> list[str]:
@@ -128,6 +151,10 @@ def _same(old: Any, new: Any) -> bool:
     return old is new or (type(old) is type(new) and isinstance(old, plain) and old == new)
 
 
+class Effect(CaptureError):
+    """Of a call on real tensors that would do more than compute a value."""
+
+
 class RealTensors(TorchDispatchMode):
     """Stops in-place writes to tensors that the trace did not make itself, and random numbers.
 
@@ -142,18 +169,18 @@ class RealTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise CaptureError("the forward draws random numbers, which a graph would hold as constants")
+            raise Effect("the forward draws random numbers, which a graph would hold as constants")
         if func._schema.is_mutable:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 for tensor in _tensors(named.get(argument.name)) if written else ():
                     if storage(tensor) not in self.own:
-                        raise CaptureError("the forward writes to a tensor of the model, which a graph does not repeat")
+                        raise Effect("the forward writes to a tensor of the model, which a graph does not repeat")
         result = func(*args, **kwargs)
         inputs = {storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
         if not inputs.isdisjoint(self.computed):
-            raise CaptureError("the forward computes with a tensor that a hook replaces at every call")
+            raise Effect("the forward computes with a tensor that a hook replaces at every call")
         for tensor in _tensors(result):
             if storage(tensor) not in inputs or func is torch.ops.aten.lift_fresh.default:
                 self.own[storage(tensor)] = tensor.untyped_storage()

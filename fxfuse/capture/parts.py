@@ -6,19 +6,26 @@ are taken instead, as long as their call is all that the Python code uses of the
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.export.program import export
+from fxfuse.capture.observed import Calls, calls_of, made_up
 from fxfuse.capture.python_use import outside, reach
-from fxfuse.capture.symbolic import capture, stays, unusable
+from fxfuse.capture.second_opinion import agrees
+from fxfuse.capture.shadow import Shadow
+from fxfuse.capture.symbolic import capture, form, stays, unusable
+from fxfuse.guarded import guard_of
 from fxfuse.names import above, below
+from fxfuse.ops.modules import has_hooks
 from fxfuse.refusal import CaptureError, Refusal
 
 WAYS = ("symbolic", "export", "hierarchical")
@@ -29,7 +36,9 @@ STAYS = "what is inside stays as it is"
 class Part:
     """A module of the model: its graph, or None where it stays Python, and the parts below it.
 
-    `refused` are the sentences for what stays as it is; `asked` are plain attributes that are read from it.
+    `refused` are the sentences for what stays as it is; `asked` are plain attributes that are read from it. A part that
+    is `kept`, for the reason given, stays beside its graph, for whoever uses more of it than its call; `others` are
+    graphs for other kinds of calls.
     """
 
     path: str
@@ -38,6 +47,8 @@ class Part:
     parts: tuple[Part, ...] = ()
     refused: tuple[Refusal, ...] = ()
     asked: frozenset[str] = frozenset()
+    kept: str = ""
+    others: tuple[Captured, ...] = ()
 
     def walk(self) -> Iterator[Part]:
         """This part and all below it, inner ones first: they are made before what holds them."""
@@ -50,8 +61,10 @@ class Part:
         return "python" if self.captured is None else self.captured.how
 
 
-def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None) -> Part:
+def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None, checked: bool = True) -> Part:
     """Capture `model` the way `how` says, or the first that works of symbolic, export, hierarchical.
+
+    What was captured is `checked` by a run on the inputs, or on such as fit the first layer.
 
     Raises:
         ValueError: an unknown way; "export" without example inputs.
@@ -63,27 +76,51 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None) ->
         raise ValueError('capture="export" needs example_inputs to run the model on')
     unusable(model)
     if how == "export" and inputs is not None:
-        return Part("", model, export(model, inputs))
-    survey = _Survey(model)
+        return Part("", model, _exported(model, inputs))
+    ran = inputs if inputs is not None or not checked else made_up(model)
+    survey = _Survey(model, ran if checked else None)
     if how == "hierarchical":
         return survey.python("", model, "asked for by capture=")
     try:
         captured = capture(model, inputs, nested=how is None)  # which holds however the model is called
+        if ran is not None and checked:
+            agrees(captured, ran)
     except CaptureError as error:
         if how == "symbolic":
             raise
+        if inputs is not None and (given := survey.by_form("", model, error)) is not None:
+            return given
         with suppress(CaptureError):  # the next way needs nothing of what stopped this one
-            exported = None if inputs is None else export(model, inputs)
+            exported = None if inputs is None else _exported(model, inputs)
             if exported is not None and exported.general:  # for every batch and size: no call fails that worked before
                 return Part("", model, exported)
         return survey.python("", model, error.place)
     return survey.graph("", model, captured, descend=how is None)
 
 
+def _exported(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
+    """The graph of torch.export, which runs the forward: on a shadow."""
+    shadow = Shadow(model)
+    try:
+        captured = export(shadow.root, inputs)
+    finally:
+        changes = shadow.changed()
+    if changes:
+        raise CaptureError(f"the forward changes {changes[0]}, which a graph does not repeat")
+    return replace(captured, root=model)
+
+
 class _Survey:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | None) -> None:
+        self.model, self.inputs = model, inputs
         counts = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         self.shared = {m for m, n in counts.items() if n > 1}
+        self.kept = set[int]()
+
+    @cached_property
+    def calls(self) -> Calls:
+        """What the submodules are called with, as far as a run shows."""
+        return {} if self.inputs is None else calls_of(self.model, self.inputs)
 
     def graph(self, path: str, module: nn.Module, captured: Captured, descend: bool = True) -> Part:
         """A part with a graph, and the parts of the modules that the graph keeps whole."""
@@ -103,35 +140,102 @@ class _Survey:
 
     def take(self, path: str, module: nn.Module, given: int | None) -> list[Part]:
         """A submodule of which only the call is used, with `given` positional arguments."""
-        if id(module) in self.shared or not any(module.children()):
+        if id(module) in self.shared or not any(module.children()) or guard_of(module) is not None:
             return []
+        if has_hooks(module):
+            return self.keep(path, module, f"{path}: it has hooks")
+        if refused := self._outside(path, module):
+            return refused
+        try:
+            captured = capture(module, given=given, nested=True)
+            for args, kwargs in self.calls.get(path, ()):
+                agrees(captured, args, kwargs)
+        except CaptureError as error:
+            part = self.by_form(path, module, error)
+            return [self.python(path, module, error.place) if part is None else part]
+        return [self.graph(path, module, captured)]
+
+    def by_form(self, path: str, module: nn.Module, why: CaptureError) -> Part | None:
+        """A part that keeps its module, with a graph for each kind of call: arguments left out, and given."""
+        calls = self.calls.get(path, []) if path else [(self.inputs or (), {})]
+        kinds = dict.fromkeys([(None if kw else len(args), _nones(module, args, kw)) for args, kw in calls])
+        captured: list[Captured] = []
+        for given, none in kinds:
+            with suppress(CaptureError):
+                one = capture(module, given=given, none=none)
+                for args, kwargs in calls:
+                    if form(one).fits(args, kwargs):
+                        agrees(one, args, kwargs)
+                captured.append(one)
+        if not any(form(one).fits(*call) for one in captured for call in calls):
+            return None
+        part = self.graph(path, module, captured[0], descend=False)
+        return replace(part, kept=why.place, others=tuple(captured[1:]))
+
+    def _required(self, module: nn.Module) -> int:
+        """How many parameters of a forward have no default."""
+        parameters = inspect.signature(module.forward).parameters.values()
+        return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+    def _outside(self, path: str, module: nn.Module) -> list[Part]:
         if holder := outside(module):
             reason = "an attribute of it holds a module elsewhere, which may change while it runs"
             return [Part(path, module, None, refused=(Refusal(STAYS, path, detail=f"{holder}: {reason}"),))]
+        return []
+
+    def keep(self, path: str, module: nn.Module, reason: str) -> list[Part]:
+        """A submodule that Python code uses in other ways too: it stays, beside a graph for its calls."""
+        if not any(module.children()) or id(module) in self.kept or guard_of(module) is not None:
+            return []
+        self.kept.add(id(module))
+        inner = [(below(path, name), child) for name, child in module._modules.items() if child is not None]
+        if type(module) in (nn.ModuleList, nn.ModuleDict) or self._not_called(path, module):
+            return [part for p, child in inner for part in self.keep(p, child, reason)]
+        if refused := self._outside(path, module):
+            return refused
         try:
-            return [self.graph(path, module, capture(module, given=given, nested=True))]
+            captured = capture(module, given=self._required(module))
+            for args, kwargs in self.calls.get(path, ()):
+                if form(captured).fits(args, kwargs):
+                    agrees(captured, args, kwargs)
         except CaptureError as error:
-            return [self.python(path, module, error.place)]
+            part = self.by_form(path, module, error)
+            return [self.python(path, module, error.place) if part is None else part]
+        return [replace(self.graph(path, module, captured, descend=False), kept=reason)]
+
+    def _not_called(self, path: str, module: nn.Module) -> bool:
+        """Whether it is its children that are called, as a run showed, or a sequence of blocks suggests."""
+        if self.inputs is not None:
+            return path not in self.calls
+        return type(module) is nn.Sequential and any(any(child.children()) for child in module.children())
 
     def python(self, path: str, module: nn.Module, reason: str) -> Part:
         """A module that stays Python, and what can be taken of it."""
         found, where = reach(module), path or type(module).__name__
+        taken = {name: (m, given) for name, m, given in found.replaceable(module)}
         parts = [
             replace(p, asked=frozenset(found.asked.get(name, ())))
-            for name, m, given in found.replaceable(module)
+            for name, (m, given) in taken.items()
             for p in self.take(below(path, name), m, given)
         ]
-        refused = [stays(where, reason)]
-        if found.opaque and any(module.children()):
-            refused.append(Refusal(STAYS, where, detail=found.opaque))
-        refused += [
-            Refusal(
-                "the module stays as it is: the Python code around it uses more of it than its call",
-                where=below(path, name),
-                detail=f"{type(module).__name__}.{place}",
-                remedy="only call it there",
+        for name, child in module._modules.items():
+            inner = below(path, name)
+            reached = (
+                found.opaque or name in found.used or any(p == inner or p.startswith(f"{inner}.") for p in self.calls)
             )
-            for name, place in found.used.items()
-            if next(module.get_submodule(name).parameters(), None) is not None
-        ]
-        return Part(path, module, None, tuple(parts), tuple(refused))
+            if child is None or name in taken or any(n.startswith(f"{name}.") for n in taken) or not reached:
+                continue
+            place = found.opaque or f"{type(module).__name__}.{found.used.get(name, 'forward')}"
+            parts += self.keep(inner, child, f"{inner}: {place}")
+        return Part(path, module, None, tuple(parts), (stays(where, reason),))
+
+
+def _nones(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """The parameters of a forward that are None in a call."""
+    signature = inspect.signature(module.forward)
+    try:
+        call = signature.bind(*args, **kwargs)
+    except TypeError:  # the call itself fails
+        return frozenset()
+    call.apply_defaults()
+    return frozenset(name for name, value in call.arguments.items() if value is None)

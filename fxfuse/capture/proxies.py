@@ -6,9 +6,7 @@ Questions that only a run can answer, such as the type of a value, raise.
 from __future__ import annotations
 
 import inspect
-import linecache
 import operator
-import sys
 from collections.abc import Callable
 from types import GetSetDescriptorType
 from typing import Any
@@ -17,13 +15,18 @@ from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
-from fxfuse.attributes import owner_of
+from fxfuse.capture.questions import asks_attribute, by_identity, for_a_message, user_frame
 from fxfuse.ops.memory import INPLACE
 from fxfuse.ops.value_kinds import is_number, is_tensor, number_type
 from fxfuse.refusal import CaptureError
 
 _ATTRIBUTES = {n: inspect.getattr_static(Tensor, n) for n in dir(Tensor) if not n.startswith("_")}
+_TENSOR = set(dir(Tensor))
 _PROPERTIES = {n for n, a in _ATTRIBUTES.items() if isinstance(a, (property, GetSetDescriptorType))}
+
+
+# What of a value no input decides is the same at every call; dtype and device follow the module when it is moved.
+_FIXED = {"shape", "ndim", "nbytes", "itemsize", "layout", "is_sparse", "is_leaf", "is_nested", "is_quantized"}
 
 
 class FuseProxy(Proxy):
@@ -31,11 +34,28 @@ class FuseProxy(Proxy):
 
     tracer: Any  # a FuseTracer
 
-    def __getattr__(self, name: str) -> Attribute:
+    def __getattr__(self, name: str) -> Any:
+        if name in _FIXED and self.tracer.known.knows(self.node):
+            return getattr(self.tracer.known.value(self.node), name)
+        frame = user_frame()
+        if frame is not None:
+            self._asked(name, frame)
         attribute = FuseAttribute(self, name)
         if name in _PROPERTIES:
             _ = attribute.node  # read now: `x.shape` behind an `x.squeeze_()` would be another
         return attribute
+
+    def _asked(self, name: str, frame: Any) -> None:
+        """Raises where the answer to a question for an attribute is only known when it runs."""
+        if name in ("dtype", "device", "layout") and by_identity(frame):
+            raise CaptureError(f"the forward compares .{name} of a tensor by `is`; compare it by ==")
+        if name in ("requires_grad", "is_leaf", "grad_fn", "grad", "is_inference", "_base", "_version"):
+            raise CaptureError(f"the forward asks for .{name} of a tensor, which is only known when it runs")
+        if asks_attribute(frame) and not isinstance(self.node.target, property):
+            if not is_tensor(self.node, self.tracer.root):
+                raise CaptureError(f"the forward asks whether a value has .{name}, which is only known when it runs")
+            if name not in _TENSOR:
+                raise AttributeError(f"'Tensor' object has no attribute '{name}'")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -46,19 +66,61 @@ class FuseProxy(Proxy):
         super().__setattr__(name, value)
 
     def __len__(self) -> int:
-        if self.node.op == "get_attr":
-            owner, name = owner_of(self.tracer.root, str(self.node.target))
-            tables = vars(owner)
-            return len((tables["_parameters"] | tables["_buffers"])[name])  # a weight's size is known
+        if self.tracer.known.knows(self.node):
+            return len(self.tracer.known.value(self.node))
         return super().__len__()
+
+    def __iter__(self) -> Any:
+        if self.tracer.known.knows(self.node):
+            return iter([operator.getitem(self, i) for i in range(len(self))])  # type: ignore[call-overload]
+        return super().__iter__()
+
+    def __bool__(self) -> bool:
+        if self.tracer.known.knows(self.node):
+            return bool(self.tracer.known.decide(self.node))
+        return super().__bool__()
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __index__(self) -> int:
+        return operator.index(self._number())
+
+    def _number(self) -> Any:
+        if self.tracer.known.knows(self.node):
+            return self.tracer.known.decide(self.node)
+        raise CaptureError("the forward makes a Python number of a value, which is only known when it runs")
+
+    def __hash__(self) -> int:
+        if user_frame() is not None:
+            raise CaptureError("the forward looks a value up, which is only known when it runs")
+        return id(self)
+
+    def __repr__(self) -> str:
+        return self._text(super().__repr__())
+
+    def __str__(self) -> str:
+        return self._text(super().__repr__())
+
+    def __format__(self, spec: str) -> str:
+        return self._text(super().__repr__())
+
+    def _text(self, name: str) -> str:
+        frame = user_frame(3)
+        if frame is None or for_a_message(frame):
+            return name
+        raise CaptureError("the forward makes text of a value, which is only known when it runs")
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """Read by `isinstance`, and by C code too: whose line it is tells the two apart."""
-        asking = sys._getframe(1)
-        library = asking.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxfuse")
-        if library or "isinstance(" not in linecache.getline(asking.f_code.co_filename, asking.f_lineno):
-            return FuseProxy
+        """Read by `isinstance`, and by C code too: who asks tells the two apart."""
+        return FuseProxy if user_frame() is None else self.asked_type()
+
+    def asked_type(self) -> type:
+        """The type of the value, where every run has the same."""
         if is_tensor(self.node, self.tracer.root):
             return Tensor
         if (number := number_type(self.node)) is not None:

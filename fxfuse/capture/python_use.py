@@ -9,10 +9,11 @@ the methods which the forward can reach. What the source does not show counts as
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -88,9 +89,32 @@ def _method(module: nn.Module, name: str, start: int = 0) -> tuple[Any, int] | N
         if name in vars(cls):
             if isinstance(vars(cls)[name], (staticmethod, classmethod)):
                 return None  # it is not given the module
-            value = inspect.unwrap(getattr(vars(cls)[name], "fget", None) or vars(cls)[name])
+            held: Any = vars(cls)[name]
+            if isinstance(held, (property, cached_property)):
+                held = held.fget if isinstance(held, property) else held.func
+            value = inspect.unwrap(held)
             return (value, place) if inspect.isfunction(value) else None
     return None
+
+
+def _methods(cls: type) -> Iterator[str]:
+    """Names of the functions that the user's own classes define."""
+    for each in cls.__mro__:
+        if each is nn.Module or each in CONTAINERS:
+            return
+        yield from (n for n, v in vars(each).items() if inspect.isfunction(inspect.unwrap(v)) and n != "__init__")
+
+
+@cache
+def _set_later(cls: Any) -> frozenset[str]:
+    """The attributes that methods of the user's set, after the constructor: what they hold now may not last."""
+    found = set[str]()
+    for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, value in vars(each).items():
+            code = getattr(inspect.unwrap(value), "__code__", None) if name != "__init__" and callable(value) else None
+            if code is not None:
+                found.update(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -105,7 +129,8 @@ class _Uses:
     name: str
 
     def walk(self) -> None:
-        for node in self.source.alive(vars(self.module)):
+        set_later = _set_later(type(self.module))
+        for node in self.source.alive({n: v for n, v in vars(self.module).items() if n not in set_later}):
             if self.source.is_self(node):
                 self._of_self(node)
             elif name_called(node) == "super" and isinstance(outer := self.source.parent[node], ast.Attribute):
@@ -198,7 +223,12 @@ class _Uses:
         whole = isinstance(named, ast.Constant)
         if isinstance(named, ast.JoinedStr):
             named = named.values[0] if named.values else None
+        elif isinstance(named, ast.BinOp):
+            named = named.left
         prefix = str(named.value) if isinstance(named, ast.Constant) else ""
+        for method in _methods(type(self.module)):
+            if method == prefix if whole else method.startswith(prefix):
+                self.waiting.append((method, 0))
         for name in self.module._modules:
             if name != prefix if whole else not name.startswith(prefix):
                 continue

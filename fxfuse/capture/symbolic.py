@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,45 +10,85 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.capture.captured import Captured as Captured
-from fxfuse.capture.failures import cannot, located
-from fxfuse.capture.guards import RealTensors, unchanged
+from fxfuse.capture.failures import cannot
+from fxfuse.capture.guards import RealTensors, nothing_set
+from fxfuse.capture.shadow import Shadow
 from fxfuse.capture.tracer import CHECKED
 from fxfuse.capture.tracer import FuseTracer as FuseTracer
+from fxfuse.guarded import Form
+from fxfuse.ops.modules import has_hooks
 from fxfuse.refusal import CaptureError, Refusal
 
 
 def capture(
-    model: nn.Module, inputs: tuple[Any, ...] | None = None, *, given: int | None = None, nested: bool = False
+    model: nn.Module,
+    inputs: tuple[Any, ...] | None = None,
+    *,
+    given: int | None = None,
+    nested: bool = False,
+    none: frozenset[str] | None = None,
 ) -> Captured:
     """Trace `model` with torch.fx; a submodule that does not trace stays whole.
 
     Parameters of the forward with a default are taken to have it, unless `inputs` set them or the graph
     is the same for every value; the graph checks that when it runs. With `nested` the module may be called
     in any way: unless the calls are known to give `given` arguments and no more, its graph has to be the
-    same for every value.
+    same for every value. With `none` these parameters are None, and others among the first `given`, or all, are given.
 
     Raises:
         CaptureError: the model itself does not trace; the message names the line that stopped it.
     """
     _refuse_more_than_forward(model)
     known = not nested or given is not None
+    open_ones = given
     if given is None:  # those after the last tensor left out
         given = max((i for i, v in enumerate(inputs or (), 1) if isinstance(v, Tensor)), default=0)
+    first = given if none is None or open_ones is not None else None
     error: Exception | None = None
     for proxy_buffers in (True, False):
         try:
-            fixed = _trace(model, FuseTracer(proxy_buffers, given))
+            traced = _trace(model, FuseTracer(proxy_buffers, first, none or frozenset()))
         except Exception as e:  # what a forward raises on proxies can be anything
             error = error or e
             continue
-        names = {str(n.target) for n in fixed.graph.nodes if n.op == "placeholder" and CHECKED in n.meta}
-        general = _general(model, fixed, proxy_buffers, names) if names else fixed
+        if none is not None:
+            return traced
+        names = {str(n.target) for n in traced.graph.nodes if n.op == "placeholder" and CHECKED in n.meta}
+        general = _general(model, traced, proxy_buffers, names) if names else traced
         if general is None and not known:
             text = f"its graph depends on {', '.join(sorted(names))}, which the call may set"
             raise CaptureError(f"{type(model).__name__} cannot be traced: {text}", text)
-        return general or fixed
+        if asked := _asked_for_none(model, general or traced, proxy_buffers, given):
+            text = f"its forward asks whether {asked} is None, and a graph is for the one or the other"
+            raise CaptureError(f"{type(model).__name__} cannot be traced: {text}", text)
+        nodes = (general or traced).graph.find_nodes(op="placeholder")
+        free = (str(n.target) for n in nodes if n.args and CHECKED not in n.meta)
+        return replace(general or traced, free=frozenset(free))
     assert error is not None
     raise cannot(model, "traced", error) from error
+
+
+def form(captured: Captured) -> Form:
+    """The kind of call that a graph is for."""
+    nodes = captured.graph.find_nodes(op="placeholder")
+    fixed = tuple((str(n.target), n.meta[CHECKED]) for n in nodes if CHECKED in n.meta)
+    return Form(tuple(str(n.target) for n in nodes), fixed, captured.free)
+
+
+def _asked_for_none(model: nn.Module, traced: Captured, proxy_buffers: bool, given: int) -> str:
+    """The first parameter that the forward treats as another when it is None: a trace cannot see `is`."""
+    open_ones = [str(n.target) for n in traced.graph.find_nodes(op="placeholder") if CHECKED not in n.meta]
+    fixed = {str(n.target) for n in traced.graph.find_nodes(op="placeholder") if CHECKED in n.meta}
+    for name in open_ones if len(open_ones) > 1 else ():
+        if name.startswith("*"):
+            continue
+        try:
+            other = _trace(model, FuseTracer(proxy_buffers, given if fixed else None, frozenset({name})))
+        except Exception:  # it does not take None
+            continue
+        if _signature(other.graph, {name, *fixed}, name) != _signature(traced.graph, {name, *fixed}, name):
+            return name
+    return ""
 
 
 def _general(model: nn.Module, fixed: Captured, proxy_buffers: bool, names: set[str]) -> Captured | None:
@@ -92,25 +133,47 @@ def _refuse_more_than_forward(model: nn.Module) -> None:
 
 
 def _trace(model: nn.Module, tracer: FuseTracer) -> Captured:
-    created: dict[str, Any] = {}
-    with unchanged(model, created), RealTensors(model), torch.enable_grad():
-        graph = tracer.trace(model)
+    """One trace, on a shadow of the model; submodules that leave it changed stay whole."""
+    shadow = Shadow(model)
+    while True:
+        try:
+            with nothing_set(shadow.root), RealTensors(model), torch.enable_grad():
+                graph = tracer.trace(shadow.root)
+        finally:
+            own = vars(shadow.root)
+            created = {n: own.pop(n) for n in list(own) if n not in vars(model) and n.startswith("_tensor_constant")}
+            changes = shadow.changed()
+        if not changes:
+            break
+        text = f"the forward changes {changes[0]}, which a graph does not repeat"
+        owner = _owner(model, changes[0])
+        if not owner or owner in tracer.whole:
+            raise CaptureError(text)
+        tracer.whole[owner] = text  # and once more, with that module as one call
     for node in graph.nodes:
         if isinstance(node.type, str):  # an unresolved annotation, which could not be pickled
             node.type = None
-    tensors = {n: t for n, t in created.items() if isinstance(t, Tensor)}
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
-    whole = {p: located(e) for p, e in tracer.whole.items() if p in called}
-    return Captured(graph, model, tensors, whole=whole)
+    hooked = next((p for p in called if has_hooks(model.get_submodule(p))), None)
+    if created and hooked:
+        raise CaptureError(f"the forward reads a tensor of no module, which a hook of {hooked} may set")
+    whole = {path: reason for path, reason in tracer.whole.items() if path in called}
+    return Captured(graph, model, created, whole=whole, held=dict(tracer.known.decided))
 
 
-def _signature(graph: Graph, names: set[str]) -> list[Any]:
-    """What a graph computes when the parameters `names` have their defaults, for comparison."""
+def _owner(model: nn.Module, changed: str) -> str:
+    """Path of the innermost submodule that holds what was changed, by the name that a shadow gives it."""
+    paths = (p for p, _ in model.named_modules() if p and changed.startswith((f"self.{p}.", f"self.{p}[")))
+    return max(paths, key=len, default="")
+
+
+def _signature(graph: Graph, names: set[str], none: str = "") -> list[Any]:
+    """What a graph computes when the parameters `names` have their defaults, and `none` is None, for comparison."""
     seen: dict[Node, Any] = {}
     found: list[Any] = []
     for node in graph.nodes:
         if node.op == "placeholder" and node.target in names:
-            seen[node] = node.args[0]
+            seen[node] = None if node.target == none else node.meta.get(CHECKED, node.args[0] if node.args else None)
         elif CHECKED not in node.meta:
             args = torch.fx.map_arg((node.args, node.kwargs), lambda n: seen[n])
             found.append((node.op, str(node.target), repr(args)))

@@ -11,6 +11,7 @@ import dis
 import functools
 import inspect
 import operator
+import weakref
 from collections import Counter
 from types import CodeType
 from typing import Any
@@ -21,7 +22,11 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fxfuse.capture.guards import WITHOUT_KEYS, contents, put_back
+from fxfuse.algebra.constants import Attr
+from fxfuse.capture import questions
+from fxfuse.capture.failures import located
+from fxfuse.capture.known_values import KnownValues
+from fxfuse.capture.patches import Recorded, patched
 from fxfuse.capture.proxies import FuseProxy
 from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded
@@ -41,30 +46,64 @@ class FuseTracer(Tracer):
             buffer's value traces only with False.
         fix_defaults: number of leading parameters that stay open; those after it that have a default
             are traced with it. None leaves all open.
+        none: parameters that are traced as None.
     """
 
-    def __init__(self, proxy_buffers: bool = True, fix_defaults: int | None = None) -> None:
+    def __init__(
+        self, proxy_buffers: bool = True, fix_defaults: int | None = None, none: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = proxy_buffers
         self.fix_defaults = fix_defaults
-        self.whole: dict[str, Exception] = {}
+        self.none = none
+        self.whole: dict[str, str] = {}  # the submodules that stay one call, with what kept them from being traced
         self._parameter_proxies: dict[str, Proxy] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         self._modes = _modes()
         self.numbers: dict[Node, bool] = {}  # which nodes give one, as far as that was asked
+        self.known = KnownValues(self._tensor)
+        self.values: list[weakref.ref[Proxy]] = []
         forward = type(root).forward if isinstance(root, nn.Module) else root
         if isinstance(root, nn.Module):
-            _refuse_catching(forward)
-        with extremes_recorded(forward):
+            _refuse_what_no_graph_holds(forward)
+            self._tensors = dict([*root.named_parameters(), *root.named_buffers()])
+            self._names = {id(tensor): name for name, tensor in self._tensors.items()}
+        with extremes_recorded(forward), patched(self), Recorded(self):
             return super().trace(root, concrete_args)
 
     def proxy(self, node: Node) -> Proxy:
-        return FuseProxy(node, self)
+        made = FuseProxy(node, self)
+        self.values.append(weakref.ref(made))
+        return made
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer is a node, found by what it is: torch.fx walks all of them for every read."""
         self._parameter_proxies = parameter_proxy_cache
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        kinds = (Tensor,) if self.proxy_buffer_attributes else (nn.Parameter,)
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, kinds) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def decided_by(self, tensor: Tensor) -> None:
+        """Note that the forward decides by what a tensor of the model holds."""
+        own = {id(t): name for t, name in self.tensor_attrs.items()}
+        path = self._names.get(id(tensor), own.get(id(tensor)))
+        if path is None:
+            raise CaptureError("the forward decides by a tensor of no module, which may be another at the next call")
+        self.known.decided[Attr(path, tuple(tensor.shape), tensor.dtype)] = tuple(tensor.flatten().tolist())
+
+    def _tensor(self, path: str) -> Tensor:
+        """The tensor that a node reads, of the model or made by the trace itself."""
+        if path not in self._tensors:  # a plain attribute: torch.fx answers for parameters alone while it traces
+            self._tensors |= {n: t for t, n in self.tensor_attrs.items() if isinstance(t, Tensor)}
+            self._tensors |= {n: v for n, v in vars(self.root).items() if isinstance(v, Tensor)}
+        return self._tensors[path]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         more = has_hooks(m) or "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule)
@@ -85,6 +124,7 @@ class FuseTracer(Tracer):
             raise CaptureError("the forward enters torch.autocast, which a graph cannot hold")
         if now != self._modes:
             raise CaptureError("the forward switches gradients off or on, which a graph cannot hold")
+        self.known.recorded(node)
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -110,22 +150,27 @@ class FuseTracer(Tracer):
         if code.co_flags & inspect.CO_VARARGS and code.co_kwonlyargcount:
             raise CaptureError("the forward has keyword-only parameters behind *args, which a graph cannot have")
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        if self.fix_defaults is not None:
-            first = self.fix_defaults + is_module
-            args = [self._default(a) if i >= first else a for i, a in enumerate(args)]
-        return fn, args
+        first = len(args) if self.fix_defaults is None else self.fix_defaults + is_module
+        return fn, [self._none(a) if i < first else self._default(a) for i, a in enumerate(args)]
+
+    def _none(self, arg: Any) -> Any:
+        node = getattr(arg, "node", None)
+        return arg if node is None or str(node.target) not in self.none else self._fixed(arg, None)
 
     def _default(self, arg: Any) -> Any:
         """The default of a parameter, checked at run time to be what was given."""
         node = getattr(arg, "node", None)
         if node is None or not node.args or isinstance(node.args[0], Tensor):
             return arg
-        value, name = node.args[0], str(node.target)
+        return self._fixed(arg, node.args[0])
+
+    def _fixed(self, arg: Any, value: Any) -> Any:
+        name = str(arg.node.target)
         same = self.create_proxy("call_function", operator.eq, (arg, value), {})
-        text = f"the graph was made for {name}={value!r}, its default; optimize with example_inputs that set it"
+        text = f"the graph was made for {name}={value!r}; optimize with example_inputs that set it"
         check = self.create_proxy("call_function", torch._assert, (same, text), {})
         for proxy in (arg, same, check):
-            proxy.node.meta[CHECKED] = True
+            proxy.node.meta[CHECKED] = value
         return value
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,21 +182,22 @@ class FuseTracer(Tracer):
             if self.is_leaf_module(m, path):
                 break
             last, stack = next(reversed(self.graph.nodes), None), list(self.module_stack)
-            lists = contents(m, WITHOUT_KEYS)
+            lists = _lists((args, tuple(kwargs.values())))
             self.proxy_buffer_attributes = proxied
             try:
-                _refuse_catching(type(m).forward)
-                result = super().call_module(m, forward, args, kwargs)
-                if put_back(lists):
-                    raise CaptureError(f"the forward changes a list or set that {type(m).__name__} keeps")
-                return result
-            except Exception as error:  # what a forward raises on proxies can be anything
-                put_back(lists)
+                _refuse_what_no_graph_holds(type(m).forward)
+                return super().call_module(m, forward, args, kwargs)
+            except Exception as error:  # it stays one call, which shows the same error when it runs
+                for value, before in lists:
+                    _give_back(value, before)
                 self._undo(last, stack)
                 if proxied is attempts[-1]:
-                    self.whole[path] = error
+                    self.whole[path] = located(error)  # the error itself would keep values of the trace alive
             finally:
                 self.proxy_buffer_attributes = attempts[0]
+        own = type(m).__module__.startswith("torch.nn.") or not self.is_leaf_module(m, path)
+        if not own and (_lists(args) or _lists(tuple(kwargs.values()))):
+            raise CaptureError(f"a list or dict is handed to {path}, which stays one call and may change it")
         return super().call_module(m, forward, args, kwargs)
 
     def _undo(self, last: Node | None, stack: list[str]) -> None:
@@ -200,10 +246,27 @@ def _catches(code: CodeType) -> bool:
     return bare or names["CHECK_EXC_MATCH"] + names["JUMP_IF_NOT_EXC_MATCH"] > 0
 
 
-def _refuse_catching(forward: Any) -> None:
+def _refuse_what_no_graph_holds(forward: Any) -> None:
     code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is not None and _catches(code):
         raise CaptureError("the forward catches errors, which a graph cannot")
+    if code is not None and questions.matches(code):
+        raise CaptureError("the forward asks for the type of a value, which is only known when it runs")
+
+
+def _lists(value: Any) -> list[tuple[Any, Any]]:
+    """The lists and dicts among the arguments of a call, each with a copy."""
+    if isinstance(value, tuple):
+        return [pair for v in value for pair in _lists(v)]
+    if type(value) in (list, dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return [(value, value.copy())] + [pair for v in inner for pair in _lists(v)]
+    return []
+
+
+def _give_back(value: Any, before: Any) -> None:
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(before)
 
 
 def _modes() -> tuple[Any, ...]:

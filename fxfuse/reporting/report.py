@@ -70,6 +70,9 @@ class Report:
     dry_run: bool = False
     max_error: float | None = None
     timing: dict[str, Any] = field(default_factory=dict)
+    kept: int = 0
+    kept_for: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def by_pattern(self) -> dict[str, int]:
@@ -86,9 +89,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: lists, dicts, strings and numbers, ready for JSON."""
-        plain = ("model", "dry_run", "cost", "capture", "seconds", "max_error", "timing")
+        plain = ("model", "dry_run", "cost", "capture", "seconds", "max_error", "timing", "kept")
         return {name: getattr(self, name) for name in plain} | {
             "sites": len(self.fired),
+            "kept_for": list(self.kept_for),
+            "notes": list(self.notes),
             "before": asdict(self.before),
             "after": asdict(self.after),
             "parts": [{"path": p, "capture": how, "reason": why} for p, how, why in self.parts],
@@ -120,6 +125,11 @@ class Report:
         if self.parts:
             taken = [(path or self.model, how, why) for path, how, why in self.parts]
             blocks.append(_table(taken[:sites], ("module", "captured", ""), style) + _more(len(taken) - sites))
+        if self.kept:
+            text = f"{self.kept:,} parameters are kept beside the graphs of parts that are used in other ways than by"
+            lines = [f"{text} such calls (fxfuse.strip drops them), for", *(f"  {why}" for why in self.kept_for[:4])]
+            blocks.append("\n".join(lines) + _more(len(self.kept_for) - 4))
+        blocks += self.notes
         if self.fired:
             blocks.append(_table(list(self.by_pattern.items()), ("pattern", "sites"), style))
             shown = [(f.path, ", ".join(dict.fromkeys(f.patterns)), f.summary, f.after) for f in self.fired]

@@ -84,13 +84,15 @@ class Replay:
     """How the fused layers of one part of a model are computed, and the tensors that only its trace knew.
 
     It is what is kept of a plan, for new weights without a new plan. `operators` are those of the layers by the path of
-    each; `held` are tensors of indices that decided the plan, with what they held.
+    each; `held` are tensors that decided the graph, with what they held; `inside` is the graph within the part that
+    the layers lie in, where the part itself has stayed.
     """
 
     path: str
     operators: dict[str, Operator]
     constants: dict[str, Any]
     held: dict[Attr | Apply, Held] = field(default_factory=dict)
+    inside: str = ""
 
 
 @cache

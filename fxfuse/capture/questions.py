@@ -1,0 +1,117 @@
+"""Who asks a traced value something, and what becomes of the answer, read off the frame that asks.
+
+Python lets a value neither see `is`, nor tell `f"{x}"` in the text of an error from one that decides something. What
+the source says on the asking line tells, and where it does not the question counts as one that decides.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import sys
+import textwrap
+from types import CodeType, FrameType
+
+_LIBRARIES = ("torch", "fxfuse", "copy", "weakref")
+_MESSAGES = {"_assert", "warn", "warning", "info", "debug", "error", "exception", "print", "warn_once"}
+
+
+def user_frame(depth: int = 2) -> FrameType | None:
+    """The frame that asks, `depth` above here; None where it is one of torch or of this library."""
+    frame = sys._getframe(depth)
+    return None if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _LIBRARIES else frame
+
+
+def for_a_message(frame: FrameType) -> bool:
+    """Whether the line makes the text of an assertion, an error or a warning."""
+    return frame.f_lineno in _message_lines(frame.f_code)
+
+
+def by_identity(frame: FrameType) -> bool:
+    """Whether the function compares anything but None, True and False by `is`, or looks it up in a container."""
+    return _identities(frame.f_code)
+
+
+def asks_attribute(frame: FrameType) -> bool:
+    """Whether the line says `hasattr` or `getattr`, which turn a missing attribute into an answer."""
+    return frame.f_lineno in _attribute_lines(frame.f_code)
+
+
+@functools.cache
+def matches(code: CodeType) -> bool:
+    """Whether a function has a `match` statement, or asks for the `type` of one of its arguments."""
+    found = list(dis.get_instructions(code))
+    if any(i.opname in ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE") for i in found):
+        return True
+    named = [i for i in found if i.opname not in ("PUSH_NULL", "PRECALL", "CACHE", "RESUME")]
+    own = code.co_varnames[0] if code.co_argcount else ""
+    return any(
+        a.opname == "LOAD_GLOBAL"
+        and a.argval == "type"
+        and b.opname.startswith("LOAD_FAST")
+        and b.argval != own
+        and c.opname.startswith("CALL")
+        for a, b, c in zip(named, named[1:], named[2:], strict=False)
+    )
+
+
+@functools.cache
+def _identities(code: CodeType) -> bool:
+    before = None
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in ("EXTENDED_ARG", "CACHE"):
+            continue
+        plain = before is not None and before.opname == "LOAD_CONST" and isinstance(before.argval, (bool, type(None)))
+        if name == "IS_OP" and not plain:
+            return True
+        before = instruction
+    return False
+
+
+@functools.cache
+def _tree(code: CodeType) -> ast.AST | None:
+    try:
+        lines, first = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError, TypeError):  # made at run time, or a piece of an expression
+        return None
+    return ast.increment_lineno(tree, first - 1)
+
+
+@functools.cache
+def _message_lines(code: CodeType) -> frozenset[int]:
+    found = set[int]()
+    for node in ast.walk(_tree(code) or ast.Module([], [])):
+        texts: list[ast.expr | None] = []
+        if isinstance(node, ast.Assert):
+            texts = [node.msg]
+        elif isinstance(node, ast.Raise):
+            texts = [node.exc]
+        elif isinstance(node, ast.Call) and _name(node.func) in _MESSAGES:
+            texts = [*node.args[1 if _name(node.func) == "_assert" else 0 :], *(k.value for k in node.keywords)]
+        for text in texts:
+            if text is not None:
+                found.update(range(text.lineno, (text.end_lineno or text.lineno) + 1))
+    return frozenset(found)
+
+
+@functools.cache
+def _attribute_lines(code: CodeType) -> frozenset[int]:
+    tree = _tree(code)
+    if tree is None:
+        return frozenset(line for _, _, line in code.co_lines() if line is not None) if _named(code) else frozenset()
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and _name(n.func) in ("hasattr", "getattr"))
+    return frozenset(line for n in calls for line in range(n.lineno, (n.end_lineno or n.lineno) + 1))
+
+
+def _named(code: CodeType) -> bool:
+    return not {"hasattr", "getattr"}.isdisjoint(code.co_names)
+
+
+def _name(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
