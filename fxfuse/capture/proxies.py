@@ -72,7 +72,7 @@ class FuseProxy(Proxy):
 
     def __iter__(self) -> Any:
         if self.tracer.known.knows(self.node):
-            return iter([operator.getitem(self, i) for i in range(len(self))])  # type: ignore[call-overload]
+            return iter([operator.getitem(self, i) for i in range(len(self))])
         return super().__iter__()
 
     def __bool__(self) -> bool:

@@ -129,7 +129,8 @@ class _Uses:
     name: str
 
     def walk(self) -> None:
-        set_later = _set_later(type(self.module))
+        cls: Any = type(self.module)
+        set_later = _set_later(cls)
         for node in self.source.alive({n: v for n, v in vars(self.module).items() if n not in set_later}):
             if self.source.is_self(node):
                 self._of_self(node)

@@ -190,7 +190,7 @@ class Shadow:
         self._memo[id(value)] = new
         if isinstance(value, dict):
             new.update({self.of(k, name): self.of(v, f"{name}[{k!r}]") for k, v in value.items()})
-            if isinstance(new, defaultdict):
+            if isinstance(value, defaultdict):
                 new.default_factory = value.default_factory
         elif isinstance(value, set):
             new.update(self.of(v, name) for v in value)
