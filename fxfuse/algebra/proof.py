@@ -8,6 +8,7 @@ kind agree on a random point with probability zero.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.algebra.constants import Apply, Attr, Const, Sequence, Values, evaluate, leaves
+from fxfuse.algebra.constants import Const, Values, evaluate
+from fxfuse.algebra.expressions import Apply, Attr, leaves, operands_first, rebuilt
 from fxfuse.algebra.numbers import compute
 from fxfuse.algebra.operator import Operator
 from fxfuse.algebra.terms import double
@@ -32,7 +34,8 @@ ARITHMETIC = set(
 @lru_cache(maxsize=1024)
 def bias_is(op: Operator, value: Const) -> bool:
     """Whether the bias of `op` equals `value` on every channel, whatever the weights are."""
-    op, value = _arithmetic(op), _terms(value)
+    terms = _terms([value, *_consts(op)])
+    op, value = _arithmetic(op, terms), terms[value] if isinstance(value, Apply) else value
     variances = {a.path for o in _leaves(op) if o.law == "batch_norm" for a in leaves(o.const("var"))}
     return all(_equal(op, value, _point(number, variances)) for number in range(POINTS))
 
@@ -64,19 +67,21 @@ def _leaves(op: Operator) -> list[Operator]:
     return [leaf for o in op.operands for leaf in _leaves(o)] if op.operands else [op]
 
 
-def _arithmetic(op: Operator) -> Operator:
-    """`op` with each of its constants in arithmetic `_terms`."""
-    consts = tuple((name, _terms(const)) for name, const in op.consts)
-    return replace(op, consts=consts, operands=tuple(_arithmetic(o) for o in op.operands))
+def _consts(op: Operator) -> list[Any]:
+    return [c for _, c in op.consts] + [c for o in op.operands for c in _consts(o)]
 
 
-def _terms(const: Any) -> Any:
-    """`const` with every call that is not arithmetic replaced by an unknown named after the whole call."""
-    if isinstance(const, Sequence):
-        return replace(const, items=tuple(_terms(i) for i in const.items))
-    if not isinstance(const, Apply):
-        return const
-    if plain(const.function).strip("_") not in ARITHMETIC:
-        return Attr(repr(const), const.shape, const.dtype)
-    kwargs = tuple((k, _terms(v)) for k, v in const.kwargs)
-    return replace(const, args=tuple(_terms(a) for a in const.args), kwargs=kwargs)
+def _arithmetic(op: Operator, terms: Mapping[Any, Any]) -> Operator:
+    """`op` with each of its constants in arithmetic `terms`."""
+    consts = tuple((name, terms[const] if isinstance(const, Apply) else const) for name, const in op.consts)
+    return replace(op, consts=consts, operands=tuple(_arithmetic(o, terms) for o in op.operands))
+
+
+def _terms(consts: Iterable[Any]) -> dict[Any, Any]:
+    """Each expression in `consts`, and below, with every call that is not arithmetic replaced by an unknown."""
+    terms: dict[Any, Any] = {}
+    for const in operands_first(*consts):
+        known = plain(const.function).strip("_") in ARITHMETIC
+        unknown = Attr(f"..{len(terms)}", const.shape, const.dtype)  # no path of a model has two dots
+        terms[const] = rebuilt(const, terms.__getitem__) if known else unknown
+    return terms
