@@ -30,6 +30,10 @@ _FRESH_CALLS = set(
     "attention where stack embedding same layer_norm interpolate average reduce adaptive_avg_pool".split()
 )
 _FRESH_NAMES = set("clone repeat pow float_power max min eq ne lt gt std var rsub softmin glu size dim _assert".split())
+_FRESH_NAMES |= set(
+    "zeros ones full empty eye arange linspace logspace tensor rand randn randint zeros_like ones_like full_like "
+    "empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor tril triu outer roll".split()
+)
 _FACTS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
 
 

@@ -7,20 +7,24 @@ is pinned: its members are read at the very place where the model reads them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 
 from networkx.utils import UnionFind
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from fxfuse.names import plain
+from fxfuse.names import plain, torch_name
 from fxfuse.ops import memory
-from fxfuse.ops.call import Call
+from fxfuse.ops.call import PIECES, Call
 from fxfuse.ops.memory import storage
 from fxfuse.ops.value_kinds import asks
 
 _BY_STRIDES = ("flatten", "reshape", "reshape_as", "contiguous")  # a view or a copy, as the strides allow
 _OVERLAPPING = ("unfold", "as_strided")  # views that hold one number at several places
+_SPREADING = {*_OVERLAPPING, "expand", "expand_as", "broadcast_to"}
+
+Piece = tuple[Node, int]  # what splits a tensor, and the number of one of its results
 
 
 class Effects:
@@ -32,6 +36,7 @@ class Effects:
         self.classes: UnionFind[Node] = UnionFind()
         self.writes: dict[Node, list[Node]] = {}
         self._modules = modules
+        self.replayed: list[tuple[Node, ...]] = []
         self._own_writes: list[Tensor] = []
         for node in graph.nodes:
             if node.op == "call_module":
@@ -44,6 +49,11 @@ class Effects:
         self._members: dict[Node, list[Node]] = {}
         for node in graph.nodes if self.writes else ():
             self._members.setdefault(self.classes[node], []).append(node)
+
+    def replay(self, nodes: tuple[Node, ...], writers: Iterable[Node]) -> None:
+        """Leave out the writes to one tensor which have become part of a constant, with all else among `nodes`."""
+        self.replayed.append(nodes)
+        self.forget(writers)
 
     def forget(self, nodes: Iterable[Node]) -> None:
         """Leave these writers out: the view has read them as something that is no write."""
@@ -114,7 +124,55 @@ class Effects:
         return None
 
     def written_between(self, value: Node, start: int, stop: int, inside: Iterable[Node]) -> Node | None:
-        """A node after `start` and before `stop`, not in `inside`, that may write `value`."""
+        """A node after `start` and before `stop`, not in `inside`, that may write what `inside` reads of `value`."""
         own = set(inside)
         between = (w for w in self.writers(value) if w not in own and start < self.position[w] < stop)
-        return next(between, None)
+        return next((w for w in between if not self._writes_other_pieces(w, own)), None)
+
+    def _writes_other_pieces(self, writer: Node, readers: set[Node]) -> bool:
+        """Whether a writer only writes pieces of a split tensor of which `readers` read others."""
+        root = self.classes[self.writes[writer][0]]
+        read = set[Piece | None]()
+        for node in readers:
+            for source in (i for i in node.all_input_nodes if self.classes[i] == root):
+                if torch_name(source) in PIECES:
+                    read.add(_piece(node))
+                elif source not in readers and torch_name(node) not in PIECES:
+                    read.add(self._piece_of(source))
+        written = {self._piece_of(target) for target in self.writes[writer]}
+        pieces = [p for p in read | written if p is not None]
+        if None in read | written or len({split for split, _ in pieces}) != 1 or not read.isdisjoint(written):
+            return False
+        members = self._members[root]
+        given = any(m.op in ("placeholder", "get_attr") for m in members)  # perhaps channels that are one in memory
+        wide = _wide(pieces[0][0], last=max(pieces, key=lambda p: p[1]) in written)
+        return (wide or not given) and not any(plain(m.target) in _SPREADING for m in members)
+
+    def _piece_of(self, value: Node) -> Piece | None:
+        """The piece of a split tensor that `value` is a view of."""
+        root = self.classes[value]
+        while (piece := _piece(value)) is None:
+            sources = [i for i in value.all_input_nodes if self.classes[i] == root]
+            if len(sources) != 1:
+                return None
+            (value,) = sources
+        return piece
+
+
+def _piece(node: Node) -> Piece | None:
+    """(split, number), if a node takes one of the pieces that a tensor was split into."""
+    source = node.args[0] if node.target is operator.getitem else None
+    index = node.args[1] if len(node.args) > 1 else None
+    taken = isinstance(source, Node) and torch_name(source) in PIECES and isinstance(index, int) and index >= 0
+    return (source, index) if taken else None  # type: ignore[return-value]
+
+
+def _wide(split: Node, last: bool) -> bool:
+    """Whether pieces certainly have several entries, so that PyTorch refuses to write those that are one in memory.
+
+    With `last` that is asked of the last piece too, which is smaller where one size is given for all.
+    """
+    sizes = split.args[1] if len(split.args) > 1 and torch_name(split) != "chunk" else None
+    if isinstance(sizes, int):
+        return sizes > 1 and not last
+    return isinstance(sizes, (list, tuple)) and all(isinstance(s, int) and s > 1 for s in sizes)

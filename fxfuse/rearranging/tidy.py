@@ -1,5 +1,7 @@
 """What is done to every graph before it is read: tensors put where the signature has them, identities taken out.
 
+So is what nobody reads, which would keep weights alive and count as one more reader of what it reads.
+
 `pool(input=y)` becomes `pool(y)`. So whoever reads a call finds its tensors by their position, as most of PyTorch is
 called, and the signature of each function and module is asked in one place. Numbers stay keywords: those are read by
 their names.
@@ -18,17 +20,38 @@ from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from fxfuse.capture.captured import Captured
 from fxfuse.graph_edits import Editor
+from fxfuse.ops.layer_call import layer_call
+from fxfuse.ops.memory import written
 from fxfuse.ops.modules import has_hooks, runs
+from fxfuse.ops.purity import superfluous
+from fxfuse.ops.spellings import read
 
 
 def tidy(captured: Captured) -> None:
-    """Give tensors by position, and take out each `nn.Identity` that does nothing else."""
+    """Give tensors by position, and take out what nobody reads, and each `nn.Identity` that does nothing else."""
     editor = Editor(captured)
+    _unread(editor)
     _by_position(editor)
     for node in list(editor.graph.nodes):
         alone = node.op == "call_module" and len(node.args) == 1
         if alone and runs(captured.modules[str(node.target)]) is nn.Identity:
             editor.replace(node, node.args[0])
+
+
+def _unread(editor: Editor) -> None:
+    """Erase every call whose result nobody reads, if it does nothing but give one."""
+    modules = editor.captured.modules
+    for node in reversed(editor.graph.nodes):
+        if not node.users and (node.op == "get_attr" or _only_gives(node, modules)):
+            editor.erase(node)
+
+
+def _only_gives(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        plain = layer_call(modules[str(node.target)]) is not None
+    else:
+        plain = node.op in ("call_function", "call_method") and superfluous(node)
+    return plain and not written(node, read(node, modules, lambda path: None), modules)
 
 
 def _by_position(editor: Editor) -> None:

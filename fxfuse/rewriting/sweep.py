@@ -11,6 +11,7 @@ from torch.fx import Node, map_arg
 from fxfuse.names import is_aten
 from fxfuse.ops import schema
 from fxfuse.ops.call import SEVERAL
+from fxfuse.ops.purity import makes, superfluous
 from fxfuse.ops.value_kinds import is_number, rank_check, shape_reader
 from fxfuse.planning.sites import Fuse
 from fxfuse.reading.view import View
@@ -45,13 +46,20 @@ def redirect_readers(emitted: Mapping[Node, tuple[Fuse, Node]], current: Callabl
 
 
 def sweep(view: View, condemned: set[Node]) -> None:
-    """Erase those `condemned` nodes that nobody reads, and what nobody reads because of it."""
+    """Erase those `condemned` nodes that nobody reads, and what nobody reads because of it.
+
+    That includes writes to a tensor of the forward's own, where all that read it read a constant now.
+    """
     graph, asserted = view.captured.graph, set[Any]()
+    last = {nodes[-1]: nodes for nodes in view.effects.replayed}
     for node in graph.nodes:  # one check of a rank per tensor is enough
         if (key := rank_check(node)) is not None:
             condemned |= {node} if key in asserted else set()
             asserted.add(key)
     for node in reversed(list(graph.nodes)):
+        own = last.get(node, ())
+        if all(set(n.users) <= set(own) for n in own):
+            condemned.update(own)
         if not node.users and (node in condemned or shape_reader(node)):
             inputs = node.all_input_nodes
             graph.erase_node(node)
@@ -62,5 +70,6 @@ def _pure(node: Node, view: View) -> bool:
     if node.op == "get_attr" or node in view.constants or shape_reader(node):
         return True
     call = view.calls.get(node)
-    pure = call is not None and call.op in {*SEVERAL, "getitem"} and node not in view.effects.writes
+    gives = (call is not None and call.op in {*SEVERAL, "getitem"}) or makes(node) or superfluous(node)
+    pure = gives and node not in view.effects.writes
     return pure or node.target is operator.eq or is_number(node) or (is_aten(node) and schema.pure(node))

@@ -322,7 +322,7 @@ READERS: dict[str, tuple[Forward, bool | None]] = {
     "cat of one tensor twice": (lambda s, x: torch.cat([s.a(x)] * 2, 1), None),
     "cat of one tensor": (lambda s, x: torch.cat([x], 1), False),
     "conv of a cat of one": (lambda s, x: s.b(s.a(torch.cat([x], 1))), True),
-    "nothing read": (lambda s, x: (s.b(s.a(x)), x)[1], True),
+    "nothing read": (lambda s, x: (s.b(s.a(x)), x)[1], False),
 }
 
 
