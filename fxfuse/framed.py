@@ -58,21 +58,21 @@ class FramedConv1d(_Framed, nn.Conv1d):
     """`nn.Conv1d` that adds a frame: [B, C, L] or [C, L] to [B, N, L'] or [N, L']."""
 
     def _at_border(self, border: Tensor) -> Tensor:
-        return F.conv1d(border, self.frame, None, self.stride, 0, self.dilation)
+        return F.conv1d(border, self.frame, None, self.stride, [0], self.dilation, 1)
 
 
 class FramedConv2d(_Framed, nn.Conv2d):
     """`nn.Conv2d` that adds a frame: [B, C, H, W] or [C, H, W]."""
 
     def _at_border(self, border: Tensor) -> Tensor:
-        return F.conv2d(border, self.frame, None, self.stride, 0, self.dilation)
+        return F.conv2d(border, self.frame, None, self.stride, [0, 0], self.dilation, 1)
 
 
 class FramedConv3d(_Framed, nn.Conv3d):
     """`nn.Conv3d` that adds a frame: [B, C, D, H, W] or [C, D, H, W]."""
 
     def _at_border(self, border: Tensor) -> Tensor:
-        return F.conv3d(border, self.frame, None, self.stride, 0, self.dilation)
+        return F.conv3d(border, self.frame, None, self.stride, [0, 0, 0], self.dilation, 1)
 
 
 FRAMED: dict[int, Any] = {1: FramedConv1d, 2: FramedConv2d, 3: FramedConv3d}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxfuse.compiling.dynamo_graphs import frozen_state, statistics
+from fxfuse.compiling.dynamo_graphs import frozen_state, statistics, switches_gradients_on
 from fxfuse.compiling.fused_graph import FusedGraph
 from fxfuse.compiling.options import CompileOptions
 from fxfuse.compiling.runners import Runners
@@ -39,6 +39,7 @@ class CompiledGraph:
         self.positions = list(fused.state)
         self.looked = [self.positions.index(i) for i in statistics(gm, training=False) if i in fused.state]
         self.grad = torch.is_grad_enabled()
+        self.inputs_only = self.grad or switches_gradients_on(gm)  # a constant requires no gradient
         self.lock = threading.RLock()
         self.sets: OrderedDict[tuple[int, ...], WeightSet] = OrderedDict()
         self.runners = Runners(fused, gm, inputs, options, live)
@@ -94,7 +95,7 @@ class CompiledGraph:
         return new
 
     def _bakes(self, first: bool) -> bool:
-        if self.grad:
+        if self.inputs_only:
             return False
         if self.options.freeze != "auto":
             return bool(self.options.freeze)

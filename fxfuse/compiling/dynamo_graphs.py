@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.attributes import attribute
 from fxfuse.capture.captured import KNOWN, Captured, Shapes
+from fxfuse.names import plain
 from fxfuse.ops.spellings import read
 from fxfuse.reading.effects import Effects
 
@@ -35,6 +36,12 @@ def statistics(gm: GraphModule, training: bool) -> list[int]:
         if call is not None and call.op == "batch_norm" and (call.args["training"] or not training):
             found |= {positions[call.args[n]] for n in ("running_mean", "running_var") if call.args[n] in positions}
     return sorted(found)
+
+
+def switches_gradients_on(gm: GraphModule) -> bool:
+    """Whether a part of the graph asks for gradients though its caller may not."""
+    on = {"_set_grad_enabled": True, "_enter_inference_mode": False}
+    return any(on.get(plain(n.target)) in n.args for n in gm.graph.nodes if plain(n.target) in on)
 
 
 def traced(

@@ -71,7 +71,9 @@ def fused_graph(gm: GraphModule, inputs: Sequence[Any], options: CompileOptions)
         capture="dynamo",
     )
     logger.info("%s", report.headline)
-    made, operators = functional(captured.graph, done.rewritten.layers), done.rewritten.operators
+    devices = dict.fromkeys(t.device.type for t in inputs if isinstance(t, torch.Tensor))
+    autocast = [d for d in devices if torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)]
+    made, operators = functional(captured.graph, done.rewritten.layers, autocast), done.rewritten.operators
     folded = {path: (operators[name], PARAMETERS.index(place)) for path, (name, place) in made.items()}
     return FusedGraph(captured.graph, state, folded, constants, captured.held, report)
 

@@ -21,6 +21,7 @@ from torch.fx import Node
 from fxfuse.algebra.constants import Attr
 from fxfuse.algebra.operator import Operator, sources
 from fxfuse.ops.elementwise import Activation, read_activation
+from fxfuse.planning.autocast_forms import autocast_form
 from fxfuse.planning.conflicts import overwritten
 from fxfuse.planning.fusing import Fusing
 from fxfuse.planning.regions import Step
@@ -89,6 +90,8 @@ class Gather(Fusing):
         for member in members:
             for group in groups:
                 both = self.combine("siblings", group[0].fuse.op, member.fuse.op)
+                if autocast_form(self.view, group[0].fuse) != autocast_form(self.view, member.fuse):
+                    both = Refusal("layers of one tensor, but under autocast they give different dtypes")
                 if not isinstance(both, Refusal):
                     group.append(member)
                     break

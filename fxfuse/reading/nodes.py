@@ -57,10 +57,15 @@ class Nodes:
 
     @cached_property
     def inside_regions(self) -> set[Node]:
-        """Nodes between the first and the last switch of gradients or autocast: nothing is fused there."""
+        """Nodes between the first and the last switch of gradients or autocast: nothing is fused there.
+
+        Where the last one switches gradients as the first did, they are not back again: what follows is inside too.
+        """
         nodes = list(self.captured.graph.nodes)
         switches = [i for i, n in enumerate(nodes) if plain(n.target) in _SWITCHES]
-        return set(nodes[switches[0] : switches[-1]] if switches else ())
+        grad = [nodes[i].args[0] for i in switches if plain(nodes[i].target) == "_set_grad_enabled"]
+        stop = len(nodes) if grad and grad[0] == grad[-1] else switches[-1] if switches else 0
+        return set(nodes[switches[0] : stop] if switches else ())
 
     def source(self, node: Node) -> Node:
         """The tensor that a node reads, the first where there are several."""

@@ -19,6 +19,7 @@ from fxfuse.capture.copying import copied
 from fxfuse.capture.tracer import Reader
 from fxfuse.names import above
 from fxfuse.ops.modules import HOOKS
+from fxfuse.rewriting.autocast import prepare_for_autocast
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 
@@ -106,6 +107,7 @@ def assemble(captured: Captured, layers: Mapping[str, nn.Module | nn.Parameter],
             if name in holder._non_persistent_buffers_set:
                 hidden.append(target)
     graph.owning_module, graph._tracer_cls = None, Reader
+    prepare_for_autocast(graph, state)
     loose = [(m, t.rpartition(".")[2]) for t in state if (m := _holder(t, state)) is not None]
     for module, name in loose:
         del module.__dict__[name]

@@ -14,6 +14,7 @@ from fxfuse.algebra.combine import needs_pad
 from fxfuse.algebra.operator import Operator
 from fxfuse.graph_edits import provenance
 from fxfuse.names import above
+from fxfuse.planning.autocast_forms import FORM, autocast_form
 from fxfuse.planning.conflicts import answers
 from fxfuse.planning.sites import Fuse, Site
 from fxfuse.reading.view import View
@@ -98,6 +99,11 @@ class Emitter:
             value: Any = op.pad_value if mode == "constant" else None
             x = self.graph.call_function(F.pad, (x, amounts, mode, value))
         return self.graph.call_module(name, (x, *beside))
+
+    def give_form(self, fuse: Fuse, op: Operator) -> None:
+        """Note at the layer of `op` how it is to run under autocast in place of a stretch, where it matters."""
+        if (form := autocast_form(self.view, fuse)) is not None:
+            setattr(self.layers[self.name(op)], FORM, form)
 
     def describe(self, new: Node, nodes: Sequence[Node], path: str) -> None:
         """Note for which `nodes` a new one stands, and where in the model the layer at `path` among them is."""

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, Node
 
 from fxfuse.ops.deformable import is_deformable, torchvision_ops
+from fxfuse.planning.autocast_forms import FLOAT32, FORM, WIDEN
 from fxfuse.rewriting.layers import PARAMETERS
 
 
-def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, tuple[str, str]]:
-    """Turn every call of one of `layers` into a function of attributes; (layer, parameter) by attribute path."""
+def functional(
+    graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter], autocast: Sequence[str] = ()
+) -> dict[str, tuple[str, str]]:
+    """Turn every call of one of `layers` into a function of attributes; (layer, parameter) by attribute path.
+
+    `autocast` are the types of devices for which the graph will run under autocast.
+    """
     attributes: dict[str, tuple[str, str]] = {}
 
     def attribute(name: str, parameter: str) -> Node | None:
@@ -32,7 +39,8 @@ def functional(graph: Graph, layers: Mapping[str, nn.Module | nn.Parameter]) -> 
             attributes[name] = (path, parameter)
         if node.op == "call_module" and name in layers:
             with graph.inserting_before(node):
-                new = _call(graph, layers[name], node.args, [attribute(name, p) for p in PARAMETERS])
+                parameters = [attribute(name, p) for p in PARAMETERS]
+                new = _call_under(autocast, graph, layers[name], node.args, parameters)
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
@@ -59,6 +67,25 @@ def _erase_unread_attributes(graph: Graph) -> None:
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
+
+
+def _call_under(
+    autocast: Sequence[str], graph: Graph, layer: Any, args: tuple[Any, ...], parameters: list[Node | None]
+) -> Node:
+    """The call of a layer that gives the dtype of what it stands for, under autocast too."""
+    form = getattr(layer, FORM, None) if autocast else None
+    if form in (None, WIDEN):
+        new = _call(graph, layer, args, parameters)
+        return new if form is None else graph.call_method("float", (new,))
+    off = [graph.call_function(_enter_autocast, (device, None, False, None)) for device in autocast]
+    if form == FLOAT32:
+        args = (graph.call_method("float", (args[0],)), *args[1:])
+    else:
+        parameters = [None if p is None else graph.call_method("type_as", (p, args[0])) for p in parameters]
+    new = _call(graph, layer, args, parameters)
+    for entered in reversed(off):
+        graph.call_function(_exit_autocast, (entered,))
+    return new
 
 
 def _call(graph: Graph, layer: Any, args: tuple[Any, ...], parameters: list[Node | None]) -> Node:

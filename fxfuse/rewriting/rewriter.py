@@ -118,7 +118,9 @@ class _Rewriter:
         before = emitter.place(fuse, before)
         x = self.wide.slice_of(fuse, source)
         with self.graph.inserting_before(before):
-            x = emitter.call(op, source, emitter.beside(fuse)[1:]) if x is None else x
+            if x is None:
+                x = emitter.call(op, source, emitter.beside(fuse)[1:])
+                emitter.give_form(fuse, op)
             x = x if fuse.pool is None else self._pooled(x, fuse, fuse.pool)
             norm = any(self.view.calls[n].op == "batch_norm" for n in nodes if n in self.view.calls)
             if norm and op.transposed and op.spatial == 1:

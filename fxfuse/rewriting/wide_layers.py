@@ -36,6 +36,7 @@ class Wide:
         first = min((self.emitter.place(f, f.exit) for f in group.members), key=position.__getitem__)
         with self.graph.inserting_before(first):
             wide = self.emitter.call(group.op, source)
+            self.emitter.give_form(group.members[0], group.op)
             self.emitter.describe(wide, [n for f in group.members for n in f.nodes], group.op.path)
             start = 0
             for run in group.runs:

@@ -278,3 +278,27 @@ def test_the_command_line_shows_it(capsys: pytest.CaptureFixture[str], tmp_path:
     text = capsys.readouterr().out
     assert "+ border" in text and "would cost more" in text and "error" in text
     assert main.main(["patterns"]) == 0 and "border" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
+        lambda: (nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 3, padding=(1, 0), stride=2)),
+        lambda: (nn.Conv2d(3, 4, 1), nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(4, 6, 3, dilation=2)),
+    ],
+)
+def test_graph_quantization_takes_them(layers: Any) -> None:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model = randomize(nn.Sequential(*layers()))
+    fused = fxfuse.optimize(model, patterns=EVERY)
+    assert any(isinstance(m, FramedConv2d) for m in fused.modules())
+    draws = [x.float() for x in inputs(3, 2)]
+    prepared = prepare_fx(fused, get_default_qconfig_mapping("x86"), (draws[0],))
+    for x in draws:
+        prepared(x)
+    quantized = convert_fx(prepared)
+    for x in draws:
+        assert relative_error(quantized(x), model(x)) < 0.1
