@@ -34,7 +34,7 @@ class _Dtype(IntEnum):
     FLOAT32 = 2
 
 
-_Value = tuple[_Dtype, bool]  # and whether what the stretch reads gets there without being lowered
+_Value = tuple[_Dtype, bool]  # and whether part of it, x itself or a shift, is added to it without being lowered
 
 
 def autocast_form(view: View, fuse: Fuse) -> str | None:
@@ -66,12 +66,14 @@ def _after(view: View, step: Step, value: _Value) -> _Value:
     node = step.node
     call = None if node is None else view.calls.get(node)
     if node is None or call is None or call.op in _KEEPING:
-        return value
+        shifted = call is not None and call.op == "batch_norm" and value[0] is _Dtype.FLOAT32
+        return value[0], value[1] or shifted
     form = getattr(view.captured.modules.get(str(node.target)), FORM, None)
     if form is not None:  # of a model that was optimized before
         return (value[0] if form == SOURCE else _Dtype.FLOAT32), value[1] and form != WIDEN
     if call.op in _LOWERED:
         return _Dtype.LOWER, False
     constants = (a for a in call.args.values() if isinstance(a, (Attr, Apply)) and a.shape)
-    lifted = any(a.dtype == torch.float32 for a in constants)
-    return (_Dtype.FLOAT32, value[1]) if lifted else value
+    if not any(a.dtype == torch.float32 for a in constants):
+        return value
+    return _Dtype.FLOAT32, value[1] or call.op in ("add", "sub")  # rounded with a large shift the rest is lost

@@ -49,6 +49,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "learned scale": lambda: model_of(lambda s, x: s.a(x) * s.g, a=conv(1), g=scale(1, 1)),
     "learned shift": lambda: model_of(lambda s, x: torch.tanh(s.a(x) + s.g), a=conv(), g=scale(1, 1)),
+    "large shift": lambda: model_of(lambda s, x: s.a(x) + s.g, a=conv(), g=nn.Parameter(100 * scale(1, 1).detach())),
     "scaled, beside x": lambda: model_of(lambda s, x: x + s.a(x) * s.g, a=conv(1), g=scale(1, 1)),
     "scale before a layer": lambda: model_of(lambda s, x: s.a(x * s.g), a=conv(1), g=scale(1, 1)),
     "scale past a shuffle": lambda: model_of(
@@ -77,6 +78,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def block(name: str) -> nn.Module:
+    torch.manual_seed(len(name))
     return randomize(BLOCKS[name]())
 
 
