@@ -180,11 +180,29 @@ class RealTensors(TorchDispatchMode):
         result = func(*args, **kwargs)
         inputs = {storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
         if not inputs.isdisjoint(self.computed):
-            raise Effect("the forward computes with a tensor that a hook replaces at every call")
+            raise CaptureError("the forward computes with a tensor that a hook replaces at every call")
         for tensor in _tensors(result):
             if storage(tensor) not in inputs or func is torch.ops.aten.lift_fresh.default:
                 self.own[storage(tensor)] = tensor.untyped_storage()
         return result
+
+
+class ParametersStay(TorchDispatchMode):
+    """Stops in-place writes to the parameters of a module that is run only to look at it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held = {storage(p) for p in module.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and any(storage(t) in self.held for t in _tensors(named.get(argument.name))):
+                    raise CaptureError("the forward writes to a parameter")
+        return func(*args, **kwargs)
 
 
 def _tensors(value: Any) -> list[Tensor]:

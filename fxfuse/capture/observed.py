@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.capture.failures import said
-from fxfuse.capture.guards import random_kept
+from fxfuse.capture.guards import ParametersStay, random_kept
 from fxfuse.capture.shadow import Shadow
 
 logger = logging.getLogger("fxfuse")
@@ -43,7 +43,7 @@ def calls_of(model: nn.Module, inputs: tuple[Any, ...]) -> Calls:
         if path and any(module.children()) and not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(lambda _, args, kwargs, p=path: note(p, args, kwargs), with_kwargs=True)
     try:
-        with torch.no_grad(), random_kept():
+        with torch.no_grad(), random_kept(), ParametersStay(shadow.root):
             shadow.root(*pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs))
     except Exception as error:  # whatever the model raises: the calls before it are known
         logger.info("no calls known ahead: %s", said(error))
@@ -70,7 +70,7 @@ def made_up(model: nn.Module) -> tuple[Any, ...] | None:
         )
         shadow = Shadow(model, tensors=True)
         try:
-            with torch.no_grad(), random_kept():
+            with torch.no_grad(), random_kept(), ParametersStay(shadow.root):
                 inputs = (torch.randn(2, *sizes).to(first),)
                 shadow.root(*inputs)
             return inputs

@@ -56,6 +56,8 @@ class Recorded(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(func, "__name__", "")
+        if name == "__set__":
+            raise CaptureError("the forward assigns to an attribute of a tensor, which a graph cannot hold")
         if name == "__get__":
             return self.tracer.create_proxy("call_function", getattr, (args[0], func.__self__.__name__), {})
         if is_tensor_method_or_property(func):

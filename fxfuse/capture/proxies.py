@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable
 from types import GetSetDescriptorType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
-from fxfuse.capture.questions import asks_attribute, by_identity, for_a_message, user_frame
+from fxfuse.capture.questions import asks_attribute, by_identity, for_a_message, unpacked, user_frame
 from fxfuse.ops.memory import INPLACE
 from fxfuse.ops.value_kinds import is_number, is_tensor, number_type
 from fxfuse.refusal import CaptureError
@@ -73,12 +74,13 @@ class FuseProxy(Proxy):
     def __iter__(self) -> Any:
         if self.tracer.known.knows(self.node):
             return iter([operator.getitem(self, i) for i in range(len(self))])
-        return super().__iter__()
+        count = unpacked(sys._getframe(1))
+        return self.tracer.iter(self) if count is None else iter([operator.getitem(self, i) for i in range(count)])
 
     def __bool__(self) -> bool:
         if self.tracer.known.knows(self.node):
             return bool(self.tracer.known.decide(self.node))
-        return super().__bool__()
+        return bool(self.tracer.to_bool(self))
 
     def __int__(self) -> int:
         return int(self._number())

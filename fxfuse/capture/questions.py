@@ -24,6 +24,12 @@ def user_frame(depth: int = 2) -> FrameType | None:
     return None if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _LIBRARIES else frame
 
 
+def unpacked(frame: FrameType) -> int | None:
+    """How many values the line takes: `b, c, h, w = x.shape`; None where it iterates in another way."""
+    here = next((i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti), None)
+    return int(here.argval) if here is not None and here.opname == "UNPACK_SEQUENCE" else None
+
+
 def for_a_message(frame: FrameType) -> bool:
     """Whether the line makes the text of an assertion, an error or a warning."""
     return frame.f_lineno in _message_lines(frame.f_code)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxfuse.capture.captured import Captured
-from fxfuse.capture.guards import random_kept
+from fxfuse.capture.guards import ParametersStay, random_kept
 from fxfuse.capture.shadow import Shadow
 from fxfuse.refusal import CaptureError
 
@@ -40,6 +40,8 @@ def agrees(captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any] | N
     for _ in range(_RUNS):
         try:
             own = model.log(model.root.forward, args, kwargs or {})  # hooks stay around either
+        except CaptureError:
+            raise
         except Exception as error:
             raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
         try:
@@ -81,7 +83,12 @@ class _Subject:
 
     def log(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         own_args, own_kwargs = pytree.tree_map(_fresh(), (args, kwargs))
-        with random_kept(), torch.no_grad(), _Log((own_args, own_kwargs), self.names) as seen:
+        with (
+            random_kept(),
+            torch.no_grad(),
+            ParametersStay(self.root),
+            _Log((own_args, own_kwargs), self.names) as seen,
+        ):
             torch.manual_seed(0)
             random.seed(0)
             result = forward(*own_args, **own_kwargs)
