@@ -58,6 +58,11 @@ def below(holder: str, path: str) -> str:
     return f"{holder}.{path}" if holder else path
 
 
+def shown(text: str) -> str:
+    """`text` for one line on a terminal: what cannot be printed, as escapes and ends of lines, is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def place(node: Node) -> str:
     """The path or name by which a message speaks of a node."""
-    return str(node.target) if node.op == "call_module" else "the output" if node.op == "output" else node.name
+    return shown(str(node.target)) if node.op == "call_module" else "the output" if node.op == "output" else node.name

@@ -5,28 +5,30 @@ from __future__ import annotations
 from typing import Any, overload
 
 import torch
-from torch import nn
-from torch.fx import GraphModule
+from torch import Tensor, nn
 
 from fxfuse.algebra.constants import changed, model_values
 from fxfuse.attributes import tensor_at
 from fxfuse.compiling.weight_sets import bump
-from fxfuse.guarded import without_graphs
-from fxfuse.names import below
+from fxfuse.guarded import GRAPHS, without_graphs
+from fxfuse.names import below, shown
+from fxfuse.process import undisturbed
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.report import Report
-from fxfuse.rewriting.assemble import spelled
 from fxfuse.rewriting.layers import PARAMETERS, Replay, tensors
+from fxfuse.rewriting.result import Result, keep
+from fxfuse.rewriting.spelling import unspelled
 
 STORE = "_fxfuse"
 
 
 def store(fused: nn.Module, report: Report, replays: tuple[Replay, ...]) -> None:
-    """Keep the report and the recipes where deepcopy (meta) and pickle (attributes) both find them."""
+    """Keep the report and the recipes with a module, and in its copies."""
     content = {"report": report, "replays": replays}
-    if isinstance(fused, GraphModule):
-        fused.meta[STORE] = content
-    setattr(fused, STORE, content)
+    if isinstance(fused, Result):
+        keep(fused, {STORE: content})
+    else:
+        setattr(fused, STORE, content)
 
 
 def stored(fused: nn.Module) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def stored(fused: nn.Module) -> dict[str, Any]:
     Raises:
         TypeError: the module does not come from `optimize`.
     """
-    content = getattr(fused, STORE, None) or getattr(fused, "meta", {}).get(STORE)
+    content = getattr(fused, STORE, None)
     if not isinstance(content, dict):
         raise TypeError(f"{type(fused).__name__} does not come from fxfuse.optimize")
     return content
@@ -68,22 +70,39 @@ def refresh(fused: nn.Module | None = None, model: nn.Module | None = None) -> n
             raise TypeError("refresh takes the optimized module and its model, or nothing")
         bump()
         return None
-    fresh: dict[str, Any] = {}
-    for replay in stored(fused)["replays"]:
-        fresh.update(_fused_weights(replay, model))
-    state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    source = {spelled(model, name): tensor for name, tensor in state} | dict(state)
-    targets = dict(fused.named_parameters(remove_duplicate=False)) | dict(fused.named_buffers(remove_duplicate=False))
-    for name, target in targets.items():
-        value = fresh.setdefault(name, source.get(without_graphs(name)))
-        if value is None:  # a plain tensor among the model's attributes, which a graph holds as a buffer
-            value = fresh[name] = tensor_at(model, without_graphs(name))
-        if value is None or value.shape != target.shape:
-            raise ValueError(f"{type(model).__name__} has no such tensor as {name} of {tuple(target.shape)}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(fresh[name])
+    with undisturbed(model), torch.no_grad():
+        for target, value in _new_values(fused, model):
+            target.copy_(value)
     return fused
+
+
+def _new_values(fused: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Every tensor of `fused` with what it should hold."""
+    fresh: dict[tuple[str, ...], Any] = {}
+    for replay in stored(fused)["replays"]:
+        fresh.update({_key(model, name): value for name, value in _fused_weights(replay, model).items()})
+    source, targets = _state(model), _state(fused)
+    found = []
+    for name, target in targets.items():
+        path = unspelled(model, without_graphs(name))
+        value = fresh.get(_key(model, name), source.get(path))
+        if value is None:  # a plain tensor among the model's attributes, which a graph holds as a buffer
+            value = tensor_at(model, path)
+        if value is None or value.shape != target.shape:
+            raise ValueError(f"{type(model).__name__} has no such tensor as {shown(path)} of {tuple(target.shape)}")
+        found.append((target, value))
+    return found
+
+
+def _key(model: nn.Module, name: str) -> tuple[str, ...]:
+    """A name by the model's own path, and the graphs that it lies in."""
+    graphs = [part for part in name.split(".") if part.startswith(GRAPHS)]
+    return (*graphs, unspelled(model, without_graphs(name)))
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, by each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _fused_weights(replay: Replay, model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,8 +23,10 @@ from fxfuse.pipeline import fuse
 from fxfuse.refusal import Refusal
 from fxfuse.reporting.describe import layer_totals, params
 from fxfuse.reporting.report import Fired, Report, Totals
-from fxfuse.rewriting.assemble import assemble, keep
+from fxfuse.rewriting.assemble import assemble
 from fxfuse.rewriting.layers import Replay
+from fxfuse.rewriting.result import keep
+from fxfuse.rewriting.spelling import unspelled
 
 
 @dataclass
@@ -47,7 +50,7 @@ class FusedParts:
     def fuse(self, part: Part, captured: Captured, patterns: Selection, price: CostFunction) -> None:
         """Fuse one graph; a part in which nothing fuses keeps its module, which is as good, and its class."""
         done = fuse(captured, patterns, price, weights=not self.dry_run)
-        self.fired += [replace(f, path=below(part.path, f.path)) for f in done.fired]
+        self.fired += [replace(f, path=below(part.path, unspelled(part.module, f.path))) for f in done.fired]
         self.refused += [replace(r, where=below(part.path, r.where)) for r in done.refused]
         first = captured.graph is part.captured.graph if part.captured is not None else True
         after = done.after
@@ -73,7 +76,7 @@ class FusedParts:
             graphs.append((form(captured), built))
         else:
             self.memo[id(part.module)] = built
-            keep(built, {name: getattr(part.module, name) for name in part.asked})
+            keep(built, {name: copy.copy(getattr(part.module, name)) for name in part.asked})
 
     def stay(self, part: Part) -> None:
         """Count a part that stays Python."""

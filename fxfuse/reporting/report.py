@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxfuse.names import shown
 from fxfuse.refusal import Refusal
 
 
@@ -117,31 +118,34 @@ class Report:
         return self._render("simple", "")
 
     def _render(self, style: str, mark: str, sites: int = 12) -> str:
-        blocks = [mark + self.headline, _table(self._sizes(), ("", "before", "after", "ratio"), style)]
+        said = _escaped if mark else shown
+        blocks = [mark + said(self.headline), _table(self._sizes(), ("", "before", "after", "ratio"), style)]
         if self.timing:
             speed = "time per call: {before_ms:.2f} ms -> {after_ms:.2f} ms, ratio {ratio:.2f} "
             speed += "({low:.2f} to {high:.2f}, {rounds} interleaved rounds, {device})"
             blocks.append(speed.format(**self.timing))
         if self.parts:
             taken = [(path or self.model, how, why) for path, how, why in self.parts]
-            blocks.append(_table(taken[:sites], ("module", "captured", ""), style) + _more(len(taken) - sites))
+            blocks.append(_table(taken[:sites], ("module", "captured", ""), style) + _more(len(taken) - sites, mark))
         if self.kept:
             text = f"{self.kept:,} parameters are kept beside the graphs of parts that are used in other ways than by"
-            lines = [f"{text} such calls (fxfuse.strip drops them), for", *(f"  {why}" for why in self.kept_for[:4])]
-            blocks.append("\n".join(lines) + _more(len(self.kept_for) - 4))
-        blocks += self.notes
+            lines = [f"{text} such calls (fxfuse.strip drops them), for", *(f"  {said(w)}" for w in self.kept_for[:4])]
+            blocks.append("\n".join(lines) + _more(len(self.kept_for) - 4, mark))
+        blocks += map(said, self.notes)
         if self.fired:
             blocks.append(_table(list(self.by_pattern.items()), ("pattern", "sites"), style))
-            shown = [(f.path, ", ".join(dict.fromkeys(f.patterns)), f.summary, f.after) for f in self.fired]
+            rows = [(f.path, ", ".join(dict.fromkeys(f.patterns)), f.summary, f.after) for f in self.fired]
             title = "would fuse" if self.dry_run else "fused"
-            blocks.append(_table(shown[:sites], (title, "patterns", "from", "to"), style) + _more(len(shown) - sites))
+            blocks.append(
+                _table(rows[:sites], (title, "patterns", "from", "to"), style) + _more(len(rows) - sites, mark)
+            )
         for (reason, remedy), refusals in self.by_reason.items():
-            names = [f"  {r.where}" + (f": {r.detail}" if r.detail else "") for r in refusals]
-            head = f"{mark and '### '}not fused, {len(refusals)}x: {reason}"
-            head += f"\n  -> {remedy}" if remedy else ""
-            bullet = "\n- " if mark else "\n"
-            listed = bullet + bullet.join(n.strip() if mark else n for n in names[:4])
-            blocks.append(head + listed + _more(len(names) - 4))
+            names = [said(r.where + (f": {r.detail}" if r.detail else "")) for r in refusals]
+            head = f"{mark and '### '}not fused, {len(refusals)}x: {said(reason)}"
+            head += f"\n  -> {said(remedy)}" if remedy else ""
+            bullet = "\n- " if mark else "\n  "
+            listed = "".join(bullet + name for name in names[:4])
+            blocks.append(head + listed + _more(len(names) - 4, mark and "- "))
         ops = [(o, self.before.ops.get(o, 0), self.after.ops.get(o, 0)) for o in self.before.ops | self.after.ops]
         if changed := sorted(row for row in ops if row[1] != row[2]):
             blocks.append(_table(changed, ("executed", "before", "after"), style))
@@ -186,8 +190,17 @@ def _short(value: int) -> str:
 
 
 def _table(rows: Any, headers: tuple[str, ...], style: str) -> str:
-    return str(tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True))
+    said = _escaped if style == "github" else shown
+    cells = [[said(str(cell)) for cell in row] for row in rows]
+    return str(tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True))
 
 
-def _more(count: int) -> str:
-    return f"\n  ... and {count} more" if count > 0 else ""
+def _escaped(text: str) -> str:
+    """For Markdown: no sign of `text` ends a cell or begins a tag."""
+    return shown(text).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def _more(count: int, mark: str) -> str:
+    """How many more rows or, with a `mark` of `- `, bullets there are; below a table of Markdown a paragraph."""
+    start = f"\n{mark}" if mark == "- " else "\n\n" if mark else "\n  "
+    return f"{start}... and {count} more" if count > 0 else ""

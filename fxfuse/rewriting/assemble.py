@@ -1,16 +1,13 @@
-"""The result: a GraphModule of fused layers, and of copies of all that stayed."""
+"""A rewritten graph assembled: a GraphModule of fused layers, and of copies of all that stayed."""
 
 from __future__ import annotations
 
 import copy
-import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
 
 from fxfuse.algebra.operator import Operator
 from fxfuse.attributes import attribute, owner_of
@@ -20,6 +17,8 @@ from fxfuse.capture.tracer import Reader
 from fxfuse.names import above
 from fxfuse.ops.modules import HOOKS
 from fxfuse.rewriting.autocast import prepare_for_autocast
+from fxfuse.rewriting.result import Result, keep
+from fxfuse.rewriting.spelling import spelled
 
 STATELESS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout, nn.Flatten, nn.MaxPool2d)
 
@@ -30,25 +29,6 @@ FLAGS = (
     "_forward_hooks_always_called",
     "_is_full_backward_hook",
 )
-
-
-def keep(module: GraphModule, attributes: dict[str, Any], hidden: tuple[str, ...] = ()) -> None:
-    """Set `attributes` on a GraphModule, and hide its buffers `hidden` from the state dict.
-
-    So it will be in copies of it: a deepcopy would lose hooks, plain attributes and what is hidden.
-    """
-    if attributes or hidden:
-        give = partial(_give, attributes, hidden)
-        give(module)
-        module._register_deepcopy_hook(give)
-
-
-def _give(attributes: dict[str, Any], hidden: tuple[str, ...], module: GraphModule) -> None:
-    for name, value in attributes.items():
-        setattr(module, name, copy.copy(value))
-    for target in hidden:
-        owner, name = owner_of(module, target)
-        owner._non_persistent_buffers_set.add(name)
 
 
 @dataclass(frozen=True)
@@ -82,8 +62,8 @@ class Rewritten:
         return sum(p.numel() for p in used)
 
 
-def assemble(captured: Captured, layers: Mapping[str, nn.Module | nn.Parameter], memo: dict[int, Any]) -> GraphModule:
-    """The GraphModule of a rewritten graph: `layers` as they are, every other module and tensor copied.
+def assemble(captured: Captured, layers: Mapping[str, nn.Module | nn.Parameter], memo: dict[int, Any]) -> Result:
+    """The module of a rewritten graph: `layers` as they are, every other module and tensor copied.
 
     `memo` (by id) holds what was copied or replaced before, as for deepcopy.
     """
@@ -111,30 +91,18 @@ def assemble(captured: Captured, layers: Mapping[str, nn.Module | nn.Parameter],
     loose = [(m, t.rpartition(".")[2]) for t in state if (m := _holder(t, state)) is not None]
     for module, name in loose:
         del module.__dict__[name]
-    result = GraphModule(state, graph, type(root).__name__)
+    result = Result(state, graph, type(root).__name__)
     for module, name in loose:  # the module computes it anew at every call, so it is no buffer
         module.__dict__[name] = module._buffers.pop(name)
     result.training = False
     for module in result.modules():
         if type(module) is nn.Module:  # the containers that GraphModule made for the paths
             module.training = False
-    keep(result, {n: getattr(root, n) for n in (*HOOKS, *FLAGS) if getattr(root, n, None)}, tuple(hidden))
+    kept = {n: copy.copy(getattr(root, n)) for n in (*HOOKS, *FLAGS) if getattr(root, n, None)}
+    if hasattr(root, "validate_inputs"):  # a hook of torch.export's asks; it compares inputs with another kind of code
+        kept["validate_inputs"] = False
+    keep(result, kept, tuple(hidden))
     return result
-
-
-def spelled(root: nn.Module, path: str) -> str:
-    """`path` with an underscore behind keywords of Python: a graph's code cannot say `self.heads.class`."""
-    if not any(map(keyword.iskeyword, path.split("."))):
-        return path
-    module: Any = root
-    names = []
-    for part in path.split("."):
-        name = part
-        while keyword.iskeyword(name) or (name != part and hasattr(module, name)):
-            name += "_"
-        names.append(name)
-        module = getattr(module, part, None)
-    return ".".join(names)
 
 
 def _holder(target: str, state: Mapping[str, Any]) -> nn.Module | None:

@@ -18,8 +18,8 @@ from fxfuse.planning.autocast_forms import FORM, autocast_form
 from fxfuse.planning.conflicts import answers
 from fxfuse.planning.sites import Fuse, Site
 from fxfuse.reading.view import View
-from fxfuse.rewriting.assemble import spelled
 from fxfuse.rewriting.feasible import Built
+from fxfuse.rewriting.spelling import spelled
 
 
 class Emitter:
