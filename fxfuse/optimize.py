@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import functools
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from fxfuse.capture.example_inputs import as_tuple
+from fxfuse.capture.symbolic import unusable
 from fxfuse.cost import CostFunction, cost_name, resolve
 from fxfuse.pattern import Selection, select
+from fxfuse.process import undisturbed
 from fxfuse.refresh import store, stored
 from fxfuse.reporting.report import Report, Reports
 from fxfuse.reporting.verify import ROUNDING, Rounding
@@ -26,24 +27,22 @@ from fxfuse.whole_model import fuse_parts
 logger = logging.getLogger("fxfuse")
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without garbage collection and inference mode.
-
-    Graphs are all cycles, and walking them again and again while they grow takes longer than making
-    them. Parameters made in inference mode could never be trained.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.inference_mode(False):
-            yield
-    finally:
-        if enabled:
-            gc.enable()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@_undisturbed()
+def _undisturbed(function: Callable[P, R]) -> Callable[P, R]:
+    """One call at a time in a process, and none of the caller's modes in it."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with undisturbed(args[0] if args else kwargs.get("model")):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_undisturbed
 def optimize(
     model: nn.Module,
     example_inputs: Any = None,
@@ -62,9 +61,10 @@ def optimize(
 
     Args:
         model: any module in eval mode.
-        example_inputs: a tensor, or a tuple of positional arguments. They settle ranks that the layers
-            alone leave open and give exact costs. A copy of the model is run on them, call by call beside what was
-            captured; the result is not specialised to their sizes.
+        example_inputs: a tensor, a tuple of arguments in the order of the forward's parameters, or a dict of
+            arguments by their names. They settle ranks that the layers alone leave open and give exact costs. A
+            shadow of the model is run on them, call by call beside what was captured; the result is not
+            specialised to their sizes.
         patterns: names to use (default all); "-name" leaves one out, "name!" fuses whatever it costs.
         cost: "macs" (default), "nodes", "params", or a callable (operator, output positions) -> number.
             A merge is made where the cost does not rise; executed nodes break ties.
@@ -75,7 +75,7 @@ def optimize(
             is the first of these that works; export only where its graph holds for every batch and size.
 
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is no nn.Module, such as an ExportedProgram.
         ValueError: the model is in training mode; an unknown pattern, cost or capture; `verify` without
             example inputs; example inputs that the model does not run on.
         CaptureError: the way of capture asked for does not work on this model; or the model is compiled
@@ -83,7 +83,7 @@ def optimize(
         VerificationError: `verify` found a difference beyond the tolerance.
     """
     started = time.perf_counter()
-    inputs = as_tuple(example_inputs)
+    inputs = as_tuple(model, example_inputs)
     if verify and inputs is None:
         raise ValueError("verify needs example_inputs to run the model on")
     parts = fuse_parts(model, inputs, *_checked(model, patterns, cost), capture, False, verify is not False)
@@ -100,7 +100,7 @@ def optimize(
     return fused
 
 
-@_undisturbed()
+@_undisturbed
 def plan(
     model: nn.Module,
     example_inputs: Any = None,
@@ -111,7 +111,7 @@ def plan(
 ) -> Report:
     """What `optimize` would do, without reading a weight or building a model. Raises as `optimize`."""
     started = time.perf_counter()
-    parts = fuse_parts(model, as_tuple(example_inputs), *_checked(model, patterns, cost), capture, dry_run=True)
+    parts = fuse_parts(model, as_tuple(model, example_inputs), *_checked(model, patterns, cost), capture, dry_run=True)
     return parts.report(cost_name(cost), started)
 
 
@@ -137,8 +137,13 @@ def _checked(
 ) -> tuple[Selection, CostFunction]:
     """The patterns and the cost meant; raises on bad arguments before anything else happens."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fxfuse takes an nn.Module, not {type(model).__name__}")
+        remedy = "; pass program.module()" if isinstance(model, torch.export.ExportedProgram) else ""
+        raise TypeError(f"fxfuse takes an nn.Module, not {type(model).__name__}{remedy}")
     selection, price = select(patterns), resolve(cost)
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
+    unusable(model)
+    exported = "eval" in vars(model)  # as torch.export's modules: their graph holds the mode, and eval() raises
+    if model.training and not exported:
+        wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        remedy = "pass what it wraps, model.module, in eval mode" if wraps else "call model.eval() first"
+        raise ValueError(f"{type(model).__name__} is in training mode: {remedy}")
     return selection, price

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,65 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.capture.copying import copied
 from fxfuse.capture.failures import said
+from fxfuse.refusal import CaptureError
 
 
-def as_tuple(example_inputs: Any) -> tuple[Any, ...] | None:
-    """Example inputs as positional arguments: a lone tensor is one, a list or tuple is all of them."""
+def as_tuple(model: Any, example_inputs: Any) -> tuple[Any, ...] | None:
+    """Example inputs as arguments in the order of the forward's parameters, those by keyword alone last.
+
+    A lone tensor is one, a list or tuple is all of them; so is a dict with no other keys than names of parameters.
+
+    Raises:
+        ValueError: such a dict leaves out a parameter that has no default.
+    """
     if example_inputs is None:
         return None
+    if isinstance(example_inputs, dict) and example_inputs and isinstance(model, nn.Module):
+        parameters = _parameters(model)
+        if parameters.keys() >= example_inputs.keys():
+            return _ordered(model, parameters, example_inputs)
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+
+
+def _ordered(model: nn.Module, parameters: Mapping[str, inspect.Parameter], given: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of all parameters up to the last one given; between them, defaults."""
+    last = max(i for i, name in enumerate(parameters) if name in given)
+    values = {name: given.get(name, p.default) for name, p in list(parameters.items())[: last + 1]}
+    required = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
+    if required:
+        text = f"example_inputs have no {', '.join(required)}"
+        raise ValueError(f"{type(model).__name__} does not run on example_inputs: {text}")
+    return tuple(values.values())
+
+
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of the forward by name, without `*args` and `**kwargs`."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {n: p for n, p in inspect.signature(model.forward).parameters.items() if p.kind not in several}
+
+
+def arguments(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How `inputs`, in the order of the forward's parameters, are given to it: by position, and by keyword."""
+    if isinstance(model, torch.jit.ScriptModule):  # which has no signature in Python
+        return inputs, {}
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if not names or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return inputs, {}
+    first = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    named = dict(zip(names, inputs[first:], strict=False))
+    return inputs[: len(inputs) - len(named)], named
+
+
+def refuse_required(forward: Any) -> None:
+    """Raises CaptureError for a parameter that code of a graph, which has no `*`, cannot have."""
+    defaults = False
+    scripted = isinstance(forward, torch.ScriptMethod)  # which has no signature in Python
+    for p in () if scripted else inspect.signature(forward).parameters.values():
+        if defaults and p.kind is p.KEYWORD_ONLY and p.default is p.empty:
+            text = "without a default behind one with a default, which a graph cannot have"
+            raise CaptureError(f"the forward's parameter {p.name} is given by keyword alone, {text}")
+        defaults = defaults or p.default is not p.empty
 
 
 def bound(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
@@ -29,8 +81,12 @@ def bound(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     Raises:
         ValueError: they do not fit the forward.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        forward: Any = model.forward
+        return dict(zip((a.name for a in forward.schema.arguments[1:]), inputs, strict=False))
+    args, kwargs = arguments(model, inputs)
     try:
-        return inspect.signature(model.forward).bind(*inputs).arguments
+        return inspect.signature(model.forward).bind(*args, **kwargs).arguments
     except TypeError as error:
         raise ValueError(f"{type(model).__name__} does not run on example_inputs: {error}") from error
 
@@ -70,6 +126,7 @@ def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # so that two models that draw at random can be compared
-            return copied(model)(*copy.deepcopy(inputs))
+            args, kwargs = arguments(model, copy.deepcopy(inputs))
+            return copied(model)(*args, **kwargs)
     except Exception as error:  # whatever the user's model raises is reported with its first line
         raise ValueError(f"{type(model).__name__} does not run on example_inputs: {said(error)}") from error

@@ -14,7 +14,7 @@ from torch.fx import Interpreter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxfuse.capture.captured import Captured, Shapes
-from fxfuse.capture.example_inputs import bound, run_copy
+from fxfuse.capture.example_inputs import arguments, bound, run_copy
 from fxfuse.capture.failures import said
 from fxfuse.capture.shadow import Shadow
 
@@ -71,7 +71,8 @@ def inputs_of(
         inside[p].register_forward_pre_hook(lambda _, args, kwargs, p=p: note(p, args, kwargs), with_kwargs=True)
     try:
         with _on_fakes(shadow.root, inputs) as (_, fakes):
-            shadow.root(*fakes)
+            args, kwargs = arguments(model, fakes)
+            shadow.root(*args, **kwargs)
     except Exception as error:  # a forward that looks at data stops where it does: what came before is known
         logger.info(_UNKNOWN, said(error))
     finally:

@@ -11,6 +11,7 @@ import operator
 import pickle
 import random
 import sys
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,10 +119,11 @@ def _put_back(value: Any, copy: Any) -> bool:
 def _attributes(model: nn.Module, buffers: bool) -> Iterator[None]:
     """Stop `self.name = value` on the modules of `model`, unless it changes nothing or, if asked for, sets a buffer."""
     known = {id(m): f"{path}.".lstrip(".") for path, m in model.named_modules()}
-    original = nn.Module.__setattr__
+    original, thread = nn.Module.__setattr__, threading.get_ident()
 
     def guarded_set(module: nn.Module, name: str, value: Any) -> None:
-        others = id(module) not in known or name.startswith(("_tensor_constant", "_torchbind_obj"))
+        others = id(module) not in known or threading.get_ident() != thread
+        others = others or name.startswith(("_tensor_constant", "_torchbind_obj"))
         # an RNN keeps lists of its weights, which torch.export exchanges for fake ones
         listed = isinstance(module, nn.RNNBase) and name.startswith("_flat_weight")
         if others or (buffers and (listed or (isinstance(value, Tensor) and name in module._buffers))):
@@ -218,7 +220,7 @@ def _random_states() -> tuple[Any, ...]:
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
+    torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8, device="cpu"))
     random.setstate(states[1])
     if numbers := pickle.loads(states[2]):
         sys.modules["numpy"].random.set_state(numbers)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.jit._trace import TopLevelTracedModule
 
 from fxfuse.capture.captured import Captured as Captured
 from fxfuse.capture.failures import cannot
@@ -122,7 +123,10 @@ def unusable(model: nn.Module) -> None:
 def _refuse_more_than_forward(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(f"{name} is a scripted module, which has no forward in Python; optimize it before scripting")
+        how, made = ("traced", "trace") if isinstance(model, TopLevelTracedModule) else ("scripted", "script")
+        raise CaptureError(f"{name} is {how} and has no forward in Python; optimize the model before torch.jit.{made}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise CaptureError(f"{name} hands its inputs on to the model that it wraps; optimize that, model.module")
     if "forward" in model.__dict__:
         raise CaptureError(
             f"{name} has a forward set on the instance, which tracing would ignore; define it on the class"

@@ -11,6 +11,7 @@ import dis
 import functools
 import inspect
 import operator
+import threading
 import weakref
 from collections import Counter
 from types import CodeType
@@ -24,12 +25,14 @@ from torch.utils._pytree import tree_leaves
 
 from fxfuse.algebra.constants import Attr
 from fxfuse.capture import questions
+from fxfuse.capture.example_inputs import refuse_required
 from fxfuse.capture.failures import located
 from fxfuse.capture.known_values import KnownValues
 from fxfuse.capture.patches import Recorded, patched
 from fxfuse.capture.proxies import FuseProxy
 from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded
+from fxfuse.process import LOCK
 from fxfuse.refusal import CaptureError
 
 CHECKED = "fxfuse_default"
@@ -71,7 +74,8 @@ class FuseTracer(Tracer):
             _refuse_what_no_graph_holds(forward)
             self._tensors = dict([*root.named_parameters(), *root.named_buffers()])
             self._names = {id(tensor): name for name, tensor in self._tensors.items()}
-        with extremes_recorded(forward), patched(self), Recorded(self):
+        self._thread = threading.get_ident()  # what torch.fx patches, other threads call too: theirs is not recorded
+        with LOCK, extremes_recorded(forward), patched(self), Recorded(self):
             return super().trace(root, concrete_args)
 
     def proxy(self, node: Node) -> Proxy:
@@ -81,6 +85,8 @@ class FuseTracer(Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter or buffer is a node, found by what it is: torch.fx walks all of them for every read."""
+        if threading.get_ident() != self._thread:
+            return attr_val
         self._parameter_proxies = parameter_proxy_cache
         kinds = (Tensor,) if self.proxy_buffer_attributes else (nn.Parameter,)
         name = self._names.get(id(attr_val)) if isinstance(attr_val, kinds) else None
@@ -149,6 +155,7 @@ class FuseTracer(Tracer):
         code = inspect.unwrap(root_fn).__code__
         if code.co_flags & inspect.CO_VARARGS and code.co_kwonlyargcount:
             raise CaptureError("the forward has keyword-only parameters behind *args, which a graph cannot have")
+        refuse_required(root_fn)
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         first = len(args) if self.fix_defaults is None else self.fix_defaults + is_module
         return fn, [self._none(a) if i < first else self._default(a) for i, a in enumerate(args)]
@@ -174,8 +181,9 @@ class FuseTracer(Tracer):
         return value
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.submodule_paths is not None and m not in self.submodule_paths:
-            return forward(*args, **kwargs)  # a layer made in the forward itself
+        made = self.submodule_paths is not None and m not in self.submodule_paths  # in the forward itself
+        if made or threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         attempts = (True, False) if self.proxy_buffer_attributes else (False,)
         for proxied in attempts:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxfuse.capture.captured import Captured
-from fxfuse.capture.example_inputs import bound, run_copy
+from fxfuse.capture.example_inputs import arguments, bound, refuse_required, run_copy
 from fxfuse.capture.export.any_batch import for_any_batch
 from fxfuse.capture.export.graph import rebuild
 from fxfuse.capture.failures import cannot
@@ -45,6 +45,7 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
         ValueError: the model does not run on the inputs.
     """
     bound(model, inputs)
+    refuse_required(model.forward)
     for path, module in model.named_modules():
         if module is not model and has_hooks(module):
             raise CaptureError(f"{path} has hooks, which torch.export would run once and forget; remove them first")
@@ -78,7 +79,8 @@ def _program(model: nn.Module, inputs: tuple[Any, ...], dims: int | None) -> Any
             model.__dict__[name] = OrderedDict()
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
-        return torch.export.export(model, own, dynamic_shapes=shapes, strict=False)
+        args, kwargs = arguments(model, own)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def _own(tensor: Tensor) -> Tensor:
