@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Size, nn
 from torch.fx import Graph, Node
 
 from fxfuse.algebra.operator import Operator
@@ -61,9 +61,14 @@ def macs(view: View) -> int | None:
 
 
 def _macs(op: Operator, node: Node, view: View) -> int:
+    """Of `op` where its result is at `node`, or becomes some of the channels there."""
     shape, spatial = view.shapes[node], op.spatial or 0
-    frame = op.frame_conv.macs * shape[len(shape) - spatial :].numel() if op.framed else 0
-    return shape.numel() // op.out_channels * op.macs + frame
+    batch, sizes = shape[: len(shape) - spatial - 1].numel(), shape[len(shape) - spatial :]
+    frame = op.frame_conv.macs * sizes.numel() if op.framed else 0
+    if op.transposed:  # the weight meets every position of the input
+        dims = zip(sizes, op.kernel, op.stride, op.dilation, op.padding, op.output_padding, strict=True)
+        sizes = Size((size - 1 - more - d * (k - 1) + low + high) // s + 1 for size, k, s, d, (low, high), more in dims)
+    return batch * sizes.numel() * op.macs + frame
 
 
 def swapped(swap: Swapped) -> Fired:
