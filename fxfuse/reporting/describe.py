@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Size, nn
 from torch.fx import Graph, Node
@@ -57,7 +58,21 @@ def macs(view: View) -> int | None:
     """Multiply-accumulates of all convolutions and linear layers; None where shapes are not known."""
     if not view.shapes:
         return None
-    return sum(_macs(a.op, n, view) for n, a in view.affine.items() if a.op.weighted and n in view.shapes)
+    read = sum(_macs(a.op, n, view) for n, a in view.affine.items() if a.op.weighted and n in view.shapes)
+    return read + sum(_unread(n, view) for n in view.captured.graph.nodes if n not in view.affine)
+
+
+def _unread(node: Node, view: View) -> int:
+    """Of a layer that stays as it is whatever the plan, such as one with hooks."""
+    layer: Any = view.captured.modules.get(str(node.target)) if node.op == "call_module" else None
+    if type(layer) not in (*CONVS, nn.Linear):
+        return 0
+    at = node.args[0] if getattr(layer, "transposed", False) and node.args else node
+    shape, spatial = view.shapes.get(at) if isinstance(at, Node) else None, layer.weight.dim() - 2
+    if shape is None:
+        return 0
+    positions = shape[: len(shape) - spatial - 1].numel() * shape[len(shape) - spatial :].numel()
+    return positions * int(layer.weight.numel())
 
 
 def _macs(op: Operator, node: Node, view: View) -> int:

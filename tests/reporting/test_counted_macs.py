@@ -29,6 +29,11 @@ class Cat(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "concat of other kernels": lambda: Cat(5, 3, 3, 3),
     "concat of a run between": lambda: Cat(1, 3, 3, 5, stride=2),
@@ -39,6 +44,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "transposed between layers": lambda: nn.Sequential(
         nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.ConvTranspose2d(5, 2, 3, 3), nn.BatchNorm2d(2)
+    ),
+    "layers with hooks": lambda: nn.Sequential(
+        hooked(nn.Conv2d(3, 4, 3, 2, groups=1)),
+        hooked(nn.ConvTranspose2d(4, 6, 3, 2, groups=2)),
+        nn.Conv2d(6, 3, 1),
+        nn.BatchNorm2d(3),
     ),
 }
 
