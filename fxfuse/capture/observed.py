@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxfuse.capture.example_inputs import arguments
 from fxfuse.capture.failures import said
 from fxfuse.capture.guards import ParametersStay, random_kept
 from fxfuse.capture.shadow import Shadow
@@ -44,7 +45,8 @@ def calls_of(model: nn.Module, inputs: tuple[Any, ...]) -> Calls:
             module.register_forward_pre_hook(lambda _, args, kwargs, p=path: note(p, args, kwargs), with_kwargs=True)
     try:
         with torch.no_grad(), random_kept(), ParametersStay(shadow.root):
-            shadow.root(*pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs))
+            args, kwargs = arguments(model, pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs))
+            shadow.root(*args, **kwargs)
     except Exception as error:  # whatever the model raises: the calls before it are known
         logger.info("no calls known ahead: %s", said(error))
     finally:

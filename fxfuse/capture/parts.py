@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from fxfuse.capture.captured import Captured
+from fxfuse.capture.example_inputs import arguments
 from fxfuse.capture.export.program import export
 from fxfuse.capture.observed import Calls, calls_of, made_up
 from fxfuse.capture.python_use import outside, reach
@@ -84,7 +85,7 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None, ch
     try:
         captured = capture(model, inputs, nested=how is None)  # which holds however the model is called
         if ran is not None and checked:
-            agrees(captured, ran)
+            agrees(captured, *arguments(model, ran))
     except CaptureError as error:
         if how == "symbolic":
             raise
@@ -157,7 +158,7 @@ class _Survey:
 
     def by_form(self, path: str, module: nn.Module, why: CaptureError) -> Part | None:
         """A part that keeps its module, with a graph for each kind of call: arguments left out, and given."""
-        calls = self.calls.get(path, []) if path else [(self.inputs or (), {})]
+        calls = self.calls.get(path, []) if path else [arguments(module, self.inputs or ())]
         kinds = dict.fromkeys([(None if kw else len(args), _nones(module, args, kw)) for args, kw in calls])
         captured: list[Captured] = []
         for given, none in kinds:

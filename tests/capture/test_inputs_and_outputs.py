@@ -80,7 +80,8 @@ OUTPUTS: dict[str, Forward] = {
 
 @pytest.mark.parametrize("case", OUTPUTS)
 def test_outputs(case: str) -> None:
-    same_calls(pairs(OUTPUTS[case]), called(lambda x: ((x,), {})), fires=True)
+    unread = case in ("nothing", "the input")  # what nobody reads is not computed
+    same_calls(pairs(OUTPUTS[case]), called(lambda x: ((x,), {})), fires=not unread)
 
 
 def test_outputs_of_modules_inside() -> None:
