@@ -13,8 +13,9 @@ from collections import OrderedDict, namedtuple
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -23,6 +24,7 @@ from fxfuse.attributes import attribute, tensor_at
 from fxfuse.capture.captured import KNOWN, Captured
 from fxfuse.capture.example_inputs import Part, parts
 from fxfuse.capture.export.conditions import VARIES, Conditions, InputChecks, number
+from fxfuse.capture.export.outputs import recipe, remade
 from fxfuse.names import plain
 from fxfuse.refusal import CaptureError
 
@@ -34,17 +36,22 @@ _MODES = {
     "_enter_autocast": "enters torch.autocast",
 }
 _PLAIN = (bool, int, float, str, type(None))
+_ARITHMETIC = ("_operator", "math")
 
 
-def rebuild(model: nn.Module, inputs: tuple[Any, ...], program: Any, holds: Conditions) -> Captured:
+def rebuild(
+    model: nn.Module, inputs: tuple[Any, ...], program: Any, holds: Conditions, checks: bool = True
+) -> Captured:
     """The graph of `program`, which was exported from `model` for inputs like `inputs` and holds where `holds` does.
+
+    With `checks` it begins with assertions of all that it holds for.
 
     Raises:
         CaptureError: it holds what a graph of tensors cannot: another gradient mode, autocast, control
             flow operators, objects that are no tensors.
     """
     new = _Rebuilder(model, program)
-    general = new.arguments(parts(model, inputs), holds)
+    general = new.arguments(parts(model, inputs), holds, checks)
     for node in new.source.graph.nodes:
         if node.op == "output":
             new.output(node)
@@ -64,15 +71,18 @@ class _Rebuilder:
         named = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
         self.paths = {id(tensor): path for path, tensor in reversed(named)}  # the first of each
 
-    def arguments(self, given: Sequence[Part], holds: Conditions) -> bool:
-        """One placeholder a parameter of the forward, and checks of all that is taken for granted of them.
+    def arguments(self, given: Sequence[Part], holds: Conditions, checks: bool) -> bool:
+        """One placeholder a parameter of the forward, and checks, if wanted, of all that is taken for granted of them.
 
         Numbers, strings and the lengths of containers are held to those of the examples, and parameters that are
         left out to their defaults: with any of these the graph does not hold for every batch and size, as it does
         where nothing but numbers of channels is taken for granted. Whether it does is returned.
         """
         made, left_out = self._placeholders({p.name for p in given})
-        check, placeholders = InputChecks(self.graph, made), iter(self.source.graph.find_nodes(op="placeholder"))
+        check, placeholders = (
+            InputChecks(self.graph, made, checks),
+            iter(self.source.graph.find_nodes(op="placeholder")),
+        )
         for part in given:
             if part.leaf:
                 node = next(placeholders)
@@ -82,7 +92,7 @@ class _Rebuilder:
                 check.length(part.name, len(part.value))
         for name, default in left_out.items():
             check.value(name, default)
-        for text, place in holds.items():
+        for text, place in holds.items() if checks else ():
             check.condition(text, place)
         channels = all(re.fullmatch(r".*\.size\(1\) == \d+", text) for text in holds)
         return channels and not left_out and all(p.leaf and isinstance(p.value, Tensor) for p in given)
@@ -130,11 +140,13 @@ class _Rebuilder:
         if spec.type in (tuple, list, dict, namedtuple):
             return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(parts, spec.context)
         if spec.type is OrderedDict:
-            made = self.graph.call_function(OrderedDict, (list(zip(spec.context, parts, strict=True)),))
-            made.meta["is_wrapped"] = True  # so that torch.fx can trace it again, when the graph is unpickled
-            return made
-        kind = getattr(spec.type, "__name__", spec.type)
-        raise CaptureError(f"the forward returns a {kind}; return tensors, or a tuple, list or dict of them")
+            return self._made(OrderedDict, list(zip(spec.context, parts, strict=True)))
+        return self._made(remade, *recipe(spec), parts)
+
+    def _made(self, function: Any, *args: Any) -> Node:
+        made = self.graph.call_function(function, args)
+        made.meta["is_wrapped"] = True  # so that torch.fx can trace it again, when the graph is unpickled
+        return made
 
     def _value(self, node: Node) -> Any:
         if node.op != "get_attr":
@@ -166,6 +178,23 @@ class _Rebuilder:
             varies = node.meta.get(VARIES, ())
             sizes = tuple(None if dim in varies else number(size) for dim, size in enumerate(value.shape))
             new.meta[KNOWN] = (sizes, value.dtype)
+
+
+def sweep(graph: Graph) -> None:
+    """Take out what nobody reads and nobody would miss: sizes, questions, and operations that only compute."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output") and _only_computes(node):
+            graph.erase_node(node)
+
+
+def _only_computes(node: Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if not isinstance(node.target, OpOverload):
+        return node.op == "call_function" and getattr(node.target, "__module__", "") in _ARITHMETIC
+    target = node.target
+    asserts = not target._schema.returns or "assert" in str(target)
+    return not asserts and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _line(node: Node) -> str:

@@ -14,6 +14,7 @@ from helpers import assert_untouched, count, fingerprint, randomize, relative_er
 from safety import Careless, pickled, usual
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
 
 import fxfuse
 from fxfuse.capture.copying import copied
@@ -72,9 +73,19 @@ def draws_in_python(self: Any, x: Tensor) -> Tensor:
 
 
 def gives_an_object(self: Any, x: Tensor) -> Any:
-    return torch.return_types.max((self.b(self.a(x)), x))
+    return LOCAL(self.b(self.a(x)))
 
 
+def local_class() -> Any:
+    class Local:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    pytree.register_pytree_node(Local, lambda v: ([v.tensor], None), lambda parts, _: Local(*parts))
+    return Local
+
+
+LOCAL = local_class()
 REFUSED: dict[Forward, str] = {
     branches_on_data: rf"cannot be exported at .*{HERE}: `return self\.b.*optimize the submodules",
     switches_gradients: "switches gradients off or on",
@@ -85,7 +96,7 @@ REFUSED: dict[Forward, str] = {
     sets_a_tensor: rf"{HERE}.*sets self\.last",
     collects: r"changes self\.seen",
     draws_in_python: "changes the state of a random number generator",
-    gives_an_object: "returns a max",
+    gives_an_object: "returns a Local, which cannot be made again by name",
 }
 
 
