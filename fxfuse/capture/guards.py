@@ -33,19 +33,6 @@ _CONTAINERS = (list, set, deque, dict, OrderedDict)
 
 
 @contextmanager
-def unchanged(model: nn.Module, buffers: bool = False) -> Iterator[None]:
-    """The model put back as it was.
-
-    Raises:
-        CaptureError: the forward drew random numbers, or changed more of the model than, if asked for, buffers.
-    """
-    with restored(model) as changed, _attributes(model, buffers):
-        yield
-    if changed:
-        raise CaptureError(f"the forward changes {changed[0]}, which a graph does not repeat")
-
-
-@contextmanager
 def nothing_set(model: nn.Module) -> Iterator[None]:
     """Stop assignments to attributes of modules at their line, and random numbers of Python and numpy afterwards.
 

@@ -73,7 +73,8 @@ class KnownValues:
             if value.is_meta:
                 raise CaptureError("the forward reads data of a weight that is on the meta device")
             expression = self._expression(node, {})
-            entries = value.flatten().tolist()
+            with torch._C.DisableTorchFunction():
+                entries = value.flatten().tolist()
             self.decided[expression] = tuple(entries)
         return value
 

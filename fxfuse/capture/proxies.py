@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import GetSetDescriptorType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
@@ -37,7 +38,9 @@ class FuseProxy(Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if name in _FIXED and self.tracer.known.knows(self.node):
-            return getattr(self.tracer.known.value(self.node), name)
+            value = self.tracer.known.value(self.node)
+            with torch._C.DisableTorchFunction():
+                return getattr(value, name)
         frame = user_frame()
         if frame is not None:
             self._asked(name, frame)
@@ -68,7 +71,9 @@ class FuseProxy(Proxy):
 
     def __len__(self) -> int:
         if self.tracer.known.knows(self.node):
-            return len(self.tracer.known.value(self.node))
+            value = self.tracer.known.value(self.node)
+            with torch._C.DisableTorchFunction():
+                return len(value)
         return super().__len__()
 
     def __iter__(self) -> Any:

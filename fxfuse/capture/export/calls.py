@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
+from fxfuse.capture.example_inputs import arguments as given
 from fxfuse.capture.export.questions import of_user, place
 from fxfuse.capture.export.state import forget
 from fxfuse.refusal import CaptureError
@@ -158,7 +159,8 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], log: _Log) -> tuple[list[_C
             log.know(value, ("input", i))
     buffers = dict(module.named_buffers())
     with log:
-        output = module(*inputs)
+        args, kwargs = given(module, inputs)
+        output = module(*args, **kwargs)
     for name, tensor in module.named_buffers():
         if name in buffers and tensor is not buffers[name]:  # which a graph does by a copy at its end
             arguments = [[_State(buffers[name], log.names[id(buffers[name])]), log.origin(tensor)], []]

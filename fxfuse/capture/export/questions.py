@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import fxfuse
 from fxfuse.capture.example_inputs import Part, parts
 from fxfuse.refusal import CaptureError
 
-_OURS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(fxfuse.__file__) + os.sep)
+_OURS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep)
 _LAYOUT = {"stride", "is_contiguous", "storage_offset", "is_non_overlapping_and_dense"}
 _GRADIENT = {"requires_grad", "is_leaf", "is_inference"}
 _DEVICE = {"device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device"}
