@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.capture.copying import copied
 from fxfuse.capture.failures import said
+from fxfuse.capture.shadow import Shadow
 from fxfuse.refusal import CaptureError
 
 
@@ -127,6 +128,6 @@ def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # so that two models that draw at random can be compared
             args, kwargs = arguments(model, copy.deepcopy(inputs))
-            return copied(model)(*args, **kwargs)
+            return Shadow(copied(model)).root(*args, **kwargs)  # what hooks hold is no part of a copy
     except Exception as error:  # whatever the user's model raises is reported with its first line
         raise ValueError(f"{type(model).__name__} does not run on example_inputs: {said(error)}") from error

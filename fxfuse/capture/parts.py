@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from fxfuse.capture.captured import Captured
-from fxfuse.capture.example_inputs import arguments
+from fxfuse.capture.example_inputs import arguments, bound
 from fxfuse.capture.export.program import export
 from fxfuse.capture.observed import Calls, calls_of, made_up
 from fxfuse.capture.python_use import outside, reach
@@ -68,7 +68,7 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None, ch
     What was captured is `checked` by a run on the inputs, or on such as fit the first layer.
 
     Raises:
-        ValueError: an unknown way; "export" without example inputs.
+        ValueError: an unknown way; "export" without example inputs, or inputs that do not fit the forward.
         CaptureError: the way asked for does not work, or no way does.
     """
     if how not in (None, *WAYS):
@@ -76,6 +76,8 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None, ch
     if how == "export" and inputs is None:
         raise ValueError('capture="export" needs example_inputs to run the model on')
     unusable(model)
+    if inputs is not None:
+        bound(model, inputs)
     if how == "export" and inputs is not None:
         return Part("", model, _exported(model, inputs))
     ran = inputs if inputs is not None or not checked else made_up(model)

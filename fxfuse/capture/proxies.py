@@ -41,7 +41,7 @@ class FuseProxy(Proxy):
             value = self.tracer.known.value(self.node)
             with torch._C.DisableTorchFunction():
                 return getattr(value, name)
-        frame = user_frame()
+        frame = None if self.tracer.reading else user_frame()
         if frame is not None:
             self._asked(name, frame)
         attribute = FuseAttribute(self, name)
@@ -102,7 +102,7 @@ class FuseProxy(Proxy):
         raise CaptureError("the forward makes a Python number of a value, which is only known when it runs")
 
     def __hash__(self) -> int:
-        if user_frame() is not None:
+        if user_frame() is not None and not self.tracer.reading:
             raise CaptureError("the forward looks a value up, which is only known when it runs")
         return id(self)
 
@@ -117,14 +117,14 @@ class FuseProxy(Proxy):
 
     def _text(self, name: str) -> str:
         frame = user_frame(3)
-        if frame is None or for_a_message(frame):
+        if frame is None or self.tracer.reading or for_a_message(frame):
             return name
         raise CaptureError("the forward makes text of a value, which is only known when it runs")
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """Read by `isinstance`, and by C code too: who asks tells the two apart."""
-        return FuseProxy if user_frame() is None else self.asked_type()
+        return FuseProxy if user_frame() is None or self.tracer.reading else self.asked_type()
 
     def asked_type(self) -> type:
         """The type of the value, where every run has the same."""

@@ -14,6 +14,7 @@ import operator
 import threading
 import weakref
 from collections import Counter
+from contextlib import ExitStack
 from types import CodeType
 from typing import Any
 
@@ -52,6 +53,8 @@ class FuseTracer(Tracer):
         none: parameters that are traced as None.
     """
 
+    reading = False  # code of a graph, in which every question is a node
+
     def __init__(
         self, proxy_buffers: bool = True, fix_defaults: int | None = None, none: frozenset[str] = frozenset()
     ) -> None:
@@ -75,7 +78,10 @@ class FuseTracer(Tracer):
             self._tensors = dict([*root.named_parameters(), *root.named_buffers()])
             self._names = {id(tensor): name for name, tensor in self._tensors.items()}
         self._thread = threading.get_ident()  # what torch.fx patches, other threads call too: theirs is not recorded
-        with LOCK, extremes_recorded(forward), patched(self), Recorded(self):
+        with LOCK, extremes_recorded(forward), ExitStack() as stack:
+            if not self.reading:
+                stack.enter_context(patched(self))
+                stack.enter_context(Recorded(self))
             return super().trace(root, concrete_args)
 
     def proxy(self, node: Node) -> Proxy:
@@ -228,6 +234,8 @@ class Reader(FuseTracer):
     torch.fx traces the code again, but runs at once what no input goes into: noise would become a constant. Here
     every call in the code is recorded, those of nothing but numbers too.
     """
+
+    reading = True
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         with _Recording(self):

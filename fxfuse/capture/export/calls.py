@@ -25,6 +25,7 @@ from fxfuse.capture.copying import copied
 from fxfuse.capture.example_inputs import arguments as given
 from fxfuse.capture.export.questions import of_user, place
 from fxfuse.capture.export.state import forget
+from fxfuse.capture.shadow import Shadow
 from fxfuse.refusal import CaptureError
 
 _ATEN = torch.ops.aten
@@ -128,15 +129,18 @@ def check(model: nn.Module, captured: Captured, inputs: tuple[Any, ...]) -> None
 
 
 def _first_difference(model: nn.Module, captured: Captured, inputs: tuple[Any, ...], gradients: bool) -> str:
-    own, other = copied(model), copied(model)
+    bare, other = copied(model), copied(model)
     for name in ("_forward_hooks", "_forward_pre_hooks"):  # which stay around the graph
-        vars(own)[name].clear()
+        vars(bare)[name].clear()
+    shadow = Shadow(bare)
+    own = shadow.root
     for name, tensor in captured.constants.items():
         setattr(other, name, tensor.detach().clone())
     graph = _module(other, captured.graph)
     for turn in ("", " when it is called again"):
         logs = []
-        forget(own)  # the graph has no caches
+        forget(own)  # the graph has no caches,
+        shadow.changed()  # and no memos
         for module in (own, graph):
             log = _Log(_names(module), module is own)
             with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):

@@ -86,7 +86,8 @@ def _exported(model: nn.Module, inputs: tuple[Any, ...], checks: bool, checked: 
             continue
         with _quiet(), _usual_modes(), torch.no_grad():
             decided = needs | asked.modes
-            for failing in holds.failing(*inputs):
+            args, kwargs = arguments(model, inputs)
+            for failing in holds.failing(*args, **kwargs):
                 if failing in decided or not checks:
                     at = f" ({decided[failing]})" if decided.get(failing) else ""
                     raise CaptureError(f"the exported graph is not for example_inputs, as not {failing}{at}")

@@ -126,7 +126,7 @@ class Questions(TorchFunctionMode):
         def listening(*args: Any, **kwargs: Any) -> Any:
             if self.inputs:  # the forward calls itself
                 return forward(*args, **kwargs)
-            self.inputs = [p for p in parts(model, args) if isinstance(p.value, Tensor)]
+            self.inputs = [p for p in parts(model, (*args, *kwargs.values())) if isinstance(p.value, Tensor)]
             with self:
                 result = forward(*args, **kwargs)
             self.over()

@@ -260,7 +260,7 @@ FORWARDS: dict[Forward, int] = {
     without_weight: 1,
     constants_of_its_own: 1,
     a_constant_it_writes: 1,
-    a_weight_it_computes_and_writes: 0,
+    a_weight_it_computes_and_writes: 1,
     pieces: 1,
     splits: 1,
     slices: 1,
