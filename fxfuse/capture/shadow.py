@@ -116,6 +116,11 @@ class Shadow:
         found = [name for held in (*self._held, *self._outside) for name in held.changed()]
         return found + [n for n, iterator, before in self._iterators if repr(iterator.__reduce__()) != before]
 
+    def memos(self) -> list[Any]:
+        """What a forward has put into dicts under new keys, since."""
+        dicts = (h for h in self._held if isinstance(h.value, dict) and not h.attributes)
+        return [value for h in dicts for key, value in h.value.items() if key not in h.before]
+
     def of(self, value: Any, name: str = "") -> Any:
         """The shadow of a value that the model holds."""
         kind = type(value)

@@ -137,10 +137,12 @@ def _first_difference(model: nn.Module, captured: Captured, inputs: tuple[Any, .
     for name, tensor in captured.constants.items():
         setattr(other, name, tensor.detach().clone())
     graph = _module(other, captured.graph)
+    constant = _same_memos(bare, inputs)
     for turn in ("", " when it is called again"):
         logs = []
         forget(own)  # the graph has no caches,
-        shadow.changed()  # and no memos
+        if turn and constant:
+            shadow.changed()  # and no memos
         for module in (own, graph):
             log = _Log(_names(module), module is own)
             with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
@@ -149,6 +151,20 @@ def _first_difference(model: nn.Module, captured: Captured, inputs: tuple[Any, .
         if found := _difference(*logs):
             return found + turn
     return ""
+
+
+def _same_memos(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether what the forward keeps in dicts is the same for other inputs: then it is no state."""
+    kept = []
+    for change in (0.0, 1.0):
+        shadow = Shadow(model, tensors=True)
+        other = pytree.tree_map(lambda v: v + change if isinstance(v, Tensor) and v.is_floating_point() else v, inputs)  # noqa: B023
+        args, kwargs = given(model, other)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            shadow.root(*args, **kwargs)
+        kept.append(shadow.memos())
+    pairs = zip(*map(pytree.tree_leaves, kept), strict=False)
+    return bool(kept[0]) and all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 def _module(root: nn.Module, graph: Graph) -> GraphModule:

@@ -34,7 +34,7 @@ def asks_for_the_class_of_a_size(self: Any, x: Tensor) -> Tensor:
 
 def stores_what_it_computed(self: Any, x: Tensor) -> Tensor:
     if "grid" not in self.memo:
-        self.memo["grid"] = torch.arange(4, dtype=x.dtype).view(4, 1, 1)
+        self.memo["grid"] = x.mean() * torch.arange(4, dtype=x.dtype).view(4, 1, 1)
     return self.b(self.a(x)) + self.memo["grid"]
 
 
