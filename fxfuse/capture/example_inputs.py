@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.capture.copying import copied
@@ -118,6 +118,13 @@ def _parts(name: str, value: Any) -> Iterator[Part]:
         yield from _parts(f"{name}{key}", entry)
 
 
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies, of tensors too that deepcopy refuses: computed ones, and those of a class of their own."""
+    tensors = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
+    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors}
+    return copy.deepcopy(inputs, memo)
+
+
 def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Outputs of a copy of `model`, so that nothing it writes reaches the model or the inputs.
 
@@ -127,7 +134,7 @@ def run_copy(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # so that two models that draw at random can be compared
-            args, kwargs = arguments(model, copy.deepcopy(inputs))
+            args, kwargs = arguments(model, _copies(inputs))
             return Shadow(copied(model)).root(*args, **kwargs)  # what hooks hold is no part of a copy
     except Exception as error:  # whatever the user's model raises is reported with its first line
         raise ValueError(f"{type(model).__name__} does not run on example_inputs: {said(error)}") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxfuse.capture.captured import Captured
@@ -160,6 +161,8 @@ class _Survey:
 
     def by_form(self, path: str, module: nn.Module, why: CaptureError) -> Part | None:
         """A part that keeps its module, with a graph for each kind of call: arguments left out, and given."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return None
         calls = self.calls.get(path, []) if path else [arguments(module, self.inputs or ())]
         kinds = dict.fromkeys([(None if kw else len(args), _nones(module, args, kw)) for args, kw in calls])
         captured: list[Captured] = []
@@ -188,7 +191,8 @@ class _Survey:
 
     def keep(self, path: str, module: nn.Module, reason: str) -> list[Part]:
         """A submodule that Python code uses in other ways too: it stays, beside a graph for its calls."""
-        if not any(module.children()) or id(module) in self.kept or guard_of(module) is not None:
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if scripted or not any(module.children()) or id(module) in self.kept or guard_of(module) is not None:
             return []
         self.kept.add(id(module))
         inner = [(below(path, name), child) for name, child in module._modules.items() if child is not None]

@@ -45,6 +45,8 @@ def verify(
             raise VerificationError(
                 f"an output is {tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)} {want.dtype}"
             )
+        if want.is_meta:
+            continue  # it has no numbers
         error = relative_error(got, want)
         allowed = TOLERANCE.get(want.dtype, 1e-3) if tolerance is None else tolerance
         if not error <= allowed:
