@@ -176,6 +176,10 @@ class RealTensors(TorchDispatchMode):
         return result
 
 
+class WritesAParameter(CaptureError):
+    """Of a forward that may only be run on a copy of all that it has."""
+
+
 class ParametersStay(TorchDispatchMode):
     """Stops in-place writes to the parameters of a module that is run only to look at it."""
 
@@ -190,7 +194,7 @@ class ParametersStay(TorchDispatchMode):
             for argument in func._schema.arguments:
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 if written and any(storage(t) in self.held for t in _tensors(named.get(argument.name))):
-                    raise CaptureError("the forward writes to a parameter")
+                    raise WritesAParameter("the forward writes to a parameter")
         return func(*args, **kwargs)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxfuse.capture.copying import copied
 from fxfuse.capture.example_inputs import arguments
 from fxfuse.capture.failures import said
-from fxfuse.capture.guards import ParametersStay, random_kept
+from fxfuse.capture.guards import ParametersStay, WritesAParameter, random_kept
 from fxfuse.capture.shadow import Shadow
 
 logger = logging.getLogger("fxfuse")
@@ -24,6 +26,13 @@ _SIZES = (64, 224, 256, 32)
 
 def calls_of(model: nn.Module, inputs: tuple[Any, ...]) -> Calls:
     """The calls of each submodule with children, by path, when the model runs on `inputs`; those before it fails."""
+    try:
+        return _calls_of(model, inputs)
+    except WritesAParameter:
+        return _calls_of(copied(model), inputs, ours=True)
+
+
+def _calls_of(model: nn.Module, inputs: tuple[Any, ...], ours: bool = False) -> Calls:
     shadow = Shadow(model, tensors=True)
     found: Calls = {}
     kinds: dict[str, set[str]] = {}
@@ -44,9 +53,11 @@ def calls_of(model: nn.Module, inputs: tuple[Any, ...]) -> Calls:
         if path and any(module.children()) and not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(lambda _, args, kwargs, p=path: note(p, args, kwargs), with_kwargs=True)
     try:
-        with torch.no_grad(), random_kept(), ParametersStay(shadow.root):
+        with torch.no_grad(), random_kept(), nullcontext() if ours else ParametersStay(shadow.root):
             args, kwargs = arguments(model, pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs))
             shadow.root(*args, **kwargs)
+    except WritesAParameter:
+        raise
     except Exception as error:  # whatever the model raises: the calls before it are known
         logger.info("no calls known ahead: %s", said(error))
     finally:
@@ -75,6 +86,8 @@ def made_up(model: nn.Module) -> tuple[Any, ...] | None:
             with torch.no_grad(), random_kept(), ParametersStay(shadow.root):
                 inputs = (torch.randn(2, *sizes).to(first),)
                 shadow.root(*inputs)
+            return inputs
+        except WritesAParameter:
             return inputs
         except Exception as error:  # it takes something else
             logger.debug("made-up inputs do not fit: %s", said(error))

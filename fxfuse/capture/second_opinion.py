@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxfuse.capture.captured import Captured
-from fxfuse.capture.guards import ParametersStay, random_kept
+from fxfuse.capture.copying import copied
+from fxfuse.capture.guards import ParametersStay, WritesAParameter, random_kept
 from fxfuse.capture.shadow import Shadow
 from fxfuse.refusal import CaptureError
 
@@ -35,17 +36,25 @@ def agrees(captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any] | N
         CaptureError: they differ; the message names the first call that differs, and its line.
         ValueError: the model itself does not run on the arguments.
     """
-    model, graph = _Subject(captured.root, captured), _Subject(captured.root, captured)
+    try:
+        _agrees(captured, captured.root, args, kwargs or {})
+    except WritesAParameter:
+        _agrees(captured, copied(captured.root), args, kwargs or {})
+
+
+def _agrees(captured: Captured, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    others = (root, root) if root is captured.root else (root, copied(root))
+    model, graph = (_Subject(other, captured) for other in others)
     run = Interpreter(graph.root, graph=captured.graph)
     for _ in range(_RUNS):
         try:
-            own = model.log(model.root.forward, args, kwargs or {})  # hooks stay around either
+            own = model.log(model.root.forward, args, kwargs)  # hooks stay around either
         except CaptureError:
             raise
         except Exception as error:
             raise ValueError(f"{type(captured.root).__name__} does not run on example_inputs: {error}") from error
         try:
-            other = graph.log(lambda *a, **k: run.run(*_bound(captured, a, k)), args, kwargs or {})
+            other = graph.log(lambda *a, **k: run.run(*_bound(captured, a, k)), args, kwargs)
         except Exception as error:
             raise CaptureError(f"the graph does not run where the forward does ({error})") from error
         _compare(own, other)
@@ -71,6 +80,7 @@ class _Subject:
     """What is run: a shadow of the root with buffers of its own, which persist from run to run."""
 
     def __init__(self, root: nn.Module, captured: Captured) -> None:
+        self.shared = root is captured.root  # its parameters are the model's
         self.shadow = Shadow(root, tensors=True)
         self.root = self.shadow.root
         self.names: dict[int, Any] = {}
@@ -86,7 +96,7 @@ class _Subject:
         with (
             random_kept(),
             torch.no_grad(),
-            ParametersStay(self.root),
+            ParametersStay(self.root) if self.shared else nullcontext(),
             _Log((own_args, own_kwargs), self.names) as seen,
         ):
             torch.manual_seed(0)
