@@ -106,15 +106,13 @@ def _message_lines(code: CodeType) -> frozenset[int]:
 
 @functools.cache
 def _attribute_lines(code: CodeType) -> frozenset[int]:
+    if {"hasattr", "getattr"}.isdisjoint(code.co_names):
+        return frozenset()
     tree = _tree(code)
     if tree is None:
-        return frozenset(line for _, _, line in code.co_lines() if line is not None) if _named(code) else frozenset()
+        return frozenset(line for _, _, line in code.co_lines() if line is not None)
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and _name(n.func) in ("hasattr", "getattr"))
     return frozenset(line for n in calls for line in range(n.lineno, (n.end_lineno or n.lineno) + 1))
-
-
-def _named(code: CodeType) -> bool:
-    return not {"hasattr", "getattr"}.isdisjoint(code.co_names)
 
 
 def _name(function: ast.expr) -> str:
