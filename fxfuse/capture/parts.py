@@ -7,6 +7,7 @@ are taken instead, as long as their call is all that the Python code uses of the
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -30,6 +31,7 @@ from fxfuse.names import above, below
 from fxfuse.ops.modules import has_hooks
 from fxfuse.refusal import CaptureError, Refusal
 
+logger = logging.getLogger("fxfuse")
 WAYS = ("symbolic", "export", "hierarchical")
 STAYS = "what is inside stays as it is"
 
@@ -88,7 +90,10 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None, ch
     try:
         captured = capture(model, inputs, nested=how is None)  # which holds however the model is called
         if ran is not None and checked:
-            agrees(captured, *arguments(model, ran))
+            if inputs is not None:
+                agrees(captured, *arguments(model, ran))
+            else:
+                _agrees_where_it_runs(captured, *arguments(model, ran))
     except CaptureError as error:
         if how == "symbolic":
             raise
@@ -100,6 +105,14 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None, ch
                 return Part("", model, exported)
         return survey.python("", model, error.place)
     return survey.graph("", model, captured, descend=how is None)
+
+
+def _agrees_where_it_runs(captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A second opinion on arguments that nobody gave: they may not fit."""
+    try:
+        agrees(captured, args, kwargs)
+    except ValueError as error:
+        logger.info("no second opinion: %s", error)
 
 
 def _exported(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
@@ -153,7 +166,7 @@ class _Survey:
         try:
             captured = capture(module, given=given, nested=True)
             for args, kwargs in self.calls.get(path, ()):
-                agrees(captured, args, kwargs)
+                _agrees_where_it_runs(captured, args, kwargs)
         except CaptureError as error:
             part = self.by_form(path, module, error)
             return [self.python(path, module, error.place) if part is None else part]
@@ -171,7 +184,7 @@ class _Survey:
                 one = capture(module, given=given, none=none)
                 for args, kwargs in calls:
                     if form(one).fits(args, kwargs):
-                        agrees(one, args, kwargs)
+                        _agrees_where_it_runs(one, args, kwargs)
                 captured.append(one)
         if not any(form(one).fits(*call) for one in captured for call in calls):
             return None
@@ -204,7 +217,7 @@ class _Survey:
             captured = capture(module, given=self._required(module))
             for args, kwargs in self.calls.get(path, ()):
                 if form(captured).fits(args, kwargs):
-                    agrees(captured, args, kwargs)
+                    _agrees_where_it_runs(captured, args, kwargs)
         except CaptureError as error:
             part = self.by_form(path, module, error)
             return [self.python(path, module, error.place) if part is None else part]
