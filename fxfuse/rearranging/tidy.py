@@ -10,6 +10,7 @@ their names.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,8 +51,14 @@ def _only_gives(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         plain = layer_call(modules[str(node.target)]) is not None
     else:
-        plain = node.op in ("call_function", "call_method") and superfluous(node)
+        plain = node.op in ("call_function", "call_method") and superfluous(node) and not _piece(node)
     return plain and not written(node, read(node, modules, lambda path: None), modules)
+
+
+def _piece(node: Node) -> bool:
+    """One of several pieces of a tensor: with the others gone, what is left would not be a view of the whole any more."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, Node) and not isinstance(node.args[1], (slice, tuple)) and len(source.users) > 1
 
 
 def _by_position(editor: Editor) -> None:
