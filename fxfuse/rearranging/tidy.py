@@ -56,7 +56,7 @@ def _only_gives(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _piece(node: Node) -> bool:
-    """One of several pieces of a tensor: with the others gone, what is left would not be a view of the whole any more."""
+    """One of several pieces of a tensor: without the others, what is left would be no view of the whole any more."""
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, Node) and not isinstance(node.args[1], (slice, tuple)) and len(source.users) > 1
 
