@@ -278,7 +278,10 @@ def _namespaces(model: nn.Module) -> Iterable[_Held]:
         if cls.__module__.partition(".")[0] in ("torch", "builtins") or id(cls) in seen:
             continue
         seen.add(id(cls))
-        namespaces = [(cls.__name__, vars(cls)), (cls.__module__, vars(sys.modules.get(cls.__module__, cls)))]
+        namespaces = [
+            (cls.__name__, vars(cls)),
+            (cls.__module__, getattr(sys.modules.get(cls.__module__), "__dict__", {})),
+        ]
         for name, namespace in namespaces:
             if id(namespace) in seen:
                 continue
