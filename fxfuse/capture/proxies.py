@@ -31,6 +31,18 @@ _PROPERTIES = {n for n, a in _ATTRIBUTES.items() if isinstance(a, (property, Get
 _FIXED = {"shape", "ndim", "nbytes", "itemsize", "layout", "is_sparse", "is_leaf", "is_nested", "is_quantized"}
 
 
+class DeviceText(str):
+    """The text of a device, which may be the key of a memo; to compare it is to ask what a run alone tells."""
+
+    __slots__ = ()
+
+    def _asks(self, *others: Any) -> Any:
+        raise CaptureError("the forward compares the text of a device, which is only known when it runs")
+
+    __eq__ = __ne__ = __contains__ = startswith = _asks
+    __hash__ = str.__hash__
+
+
 class FuseProxy(Proxy):
     """A proxy that records what it is written with, and does not guess what it cannot know."""
 
@@ -110,6 +122,8 @@ class FuseProxy(Proxy):
         return self._text(super().__repr__())
 
     def __str__(self) -> str:
+        if self.node.target is getattr and self.node.args[1] == "device":
+            return DeviceText(super().__repr__())
         return self._text(super().__repr__())
 
     def __format__(self, spec: str) -> str:
