@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node, Proxy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fxfuse.ops.memory import INPLACE, storage
 from fxfuse.ops.modules import has_hooks
@@ -207,11 +207,14 @@ def _tensors(value: Any) -> list[Tensor]:
 def _random_states() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     numbers = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else ()
-    return torch.get_rng_state().tolist(), random.getstate(), pickle.dumps(numbers)  # which compare by content
+    with _disable_current_modes():
+        state = torch.get_rng_state().tolist()
+    return state, random.getstate(), pickle.dumps(numbers)  # which compare by content
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8, device="cpu"))
+    with _disable_current_modes():  # a fake tensor has no numbers
+        torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8, device="cpu"))
     random.setstate(states[1])
     if numbers := pickle.loads(states[2]):
         sys.modules["numpy"].random.set_state(numbers)

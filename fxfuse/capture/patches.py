@@ -79,7 +79,7 @@ def patched(tracer: Any) -> Iterator[None]:
     for name in _FACTORIES:
         setattr(torch, name, _recording(tracer, saved[name]))
     for name in _QUESTIONS.split():
-        setattr(torch, name, _question(name, saved[name]))
+        setattr(torch, name, _question(tracer, name, saved[name]))
     torch.is_tensor = _is_tensor  # type: ignore[assignment]
     try:
         yield
@@ -94,16 +94,16 @@ def _is_tensor(value: Any) -> bool:
 
 def _recording(tracer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
-        if user_frame() is None:
+        if user_frame() is None or not tracer.in_its_thread():
             return original(*args, **kwargs)
         return tracer.create_proxy("call_function", original, args, kwargs)
 
     return make
 
 
-def _question(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _question(tracer: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def ask(*args: Any, **kwargs: Any) -> Any:
-        if user_frame() is not None:
+        if user_frame() is not None and tracer.in_its_thread():
             raise CaptureError(f"the forward asks torch.{name}(), which is only known when it runs")
         return original(*args, **kwargs)
 

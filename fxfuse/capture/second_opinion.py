@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Interpreter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -119,6 +120,23 @@ def _fresh() -> Any:
     return copy
 
 
+class _Value:
+    """The origin of what no input decides: a tensor that equals another one comes from the same place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Value):
+            return False
+        a, b = self.tensor, other.tensor
+        alike = a.shape == b.shape and a.dtype == b.dtype
+        numbers = not any(t.is_meta or isinstance(t, FakeTensor) for t in (a, b))
+        return alike and (a is b or not numbers or torch.equal(a, b))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class _Log(TorchFunctionMode):
     """Every call that gives a tensor: its name, where its arguments come from, and the line of the user's it is at."""
 
@@ -139,7 +157,7 @@ class _Log(TorchFunctionMode):
 
     def of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.names.get(id(value)) or getattr(value, _ORIGIN, ("elsewhere", tuple(value.shape)))
+            return self.names.get(id(value)) or getattr(value, _ORIGIN, None) or _Value(value)
         if isinstance(value, (tuple, list)):
             kind = "list" if isinstance(value, list) else "tuple" if isinstance(value, torch.Size) else _kind(value)
             return (kind, *map(self.of, value))
@@ -157,8 +175,7 @@ class _Log(TorchFunctionMode):
         told = (name, self.of(args), self.of(dict(sorted(kwargs.items()))))
         result = func(*args, **kwargs)
         if _constant(name, told) and isinstance(result, Tensor):
-            self._name(result, ("constant", hash(told)))  # computed anew or kept from before, it is the same
-            return result
+            return result  # its origin is its value, whether computed anew or kept from before
         if any(isinstance(v, Tensor) for v in pytree.tree_leaves(result)) or name in ("__setitem__", "copy_"):
             self.calls.append((*told, _line()))
             self._name(result, ("call", len(self.calls)))
@@ -174,7 +191,7 @@ def _constant(name: str, told: Any) -> bool:
         or name == "dropout"
     ):
         return False
-    origins = [part for part in _tuples(told[1:]) if part and part[0] in ("input", "call", "elsewhere")]
+    origins = [part for part in _tuples(told[1:]) if part and part[0] in ("input", "call")]
     return not origins
 
 

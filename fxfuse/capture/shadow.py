@@ -228,7 +228,7 @@ class Shadow:
 
     def _object(self, value: Any, name: str) -> Any:
         """An object of a class of the user's own, by its attributes; one of any other kind is shared."""
-        if type(value).__module__.partition(".")[0] in ("torch", "_thread", "logging", "re"):
+        if _of_libraries(value):
             return value
         try:
             made = copy.copy(value)
@@ -250,6 +250,11 @@ class Shadow:
                 object.__setattr__(made, key, inner)
                 self._held.append(_Held(f"{name}.{key}", _Slot(made, key), inner))
         return made
+
+
+def _of_libraries(value: Any) -> bool:
+    """Whether an object is torch's, or one by which threads wait for each other, which no copy could stand for."""
+    return type(value).__module__.partition(".")[0] in ("torch", "threading", "_thread", "logging", "re")
 
 
 class _Slot:
@@ -308,7 +313,7 @@ def _shared(name: str, value: Any, depth: int = 0) -> Iterator[_Held]:
             for inner in list(value.values() if isinstance(value, dict) else value):
                 yield from _shared(name, inner, depth + 1)
     elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (type, types.ModuleType)):
-        if type(value).__module__.partition(".")[0] == "torch" or callable(value) or depth > 3:
+        if _of_libraries(value) or callable(value) or depth > 3:
             return
         yield _Held(name, vars(value), dict(vars(value)), attributes=True)
         for inner in list(vars(value).values()):

@@ -12,7 +12,6 @@ import functools
 import inspect
 import operator
 import threading
-import weakref
 from collections import Counter
 from contextlib import ExitStack
 from types import CodeType
@@ -71,27 +70,28 @@ class FuseTracer(Tracer):
         self._modes = _modes()
         self.numbers: dict[Node, bool] = {}  # which nodes give one, as far as that was asked
         self.known = KnownValues(self._tensor)
-        self.values: list[weakref.ref[Proxy]] = []
         forward = type(root).forward if isinstance(root, nn.Module) else root
         if isinstance(root, nn.Module):
             _refuse_what_no_graph_holds(forward)
             self._tensors = dict([*root.named_parameters(), *root.named_buffers()])
             self._names = {id(tensor): name for name, tensor in self._tensors.items()}
-        self._thread = threading.get_ident()  # what torch.fx patches, other threads call too: theirs is not recorded
+        self._thread = threading.get_ident()
         with LOCK, extremes_recorded(forward), ExitStack() as stack:
             if not self.reading:
                 stack.enter_context(patched(self))
                 stack.enter_context(Recorded(self))
             return super().trace(root, concrete_args)
 
+    def in_its_thread(self) -> bool:
+        """Whether it is the trace that asks: what is patched meanwhile, other threads call too."""
+        return threading.get_ident() == self._thread
+
     def proxy(self, node: Node) -> Proxy:
-        made = FuseProxy(node, self)
-        self.values.append(weakref.ref(made))
-        return made
+        return FuseProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter or buffer is a node, found by what it is: torch.fx walks all of them for every read."""
-        if threading.get_ident() != self._thread:
+        if not self.in_its_thread():
             return attr_val
         self._parameter_proxies = parameter_proxy_cache
         kinds = (Tensor,) if self.proxy_buffer_attributes else (nn.Parameter,)
@@ -188,7 +188,7 @@ class FuseTracer(Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = self.submodule_paths is not None and m not in self.submodule_paths  # in the forward itself
-        if made or threading.get_ident() != self._thread:
+        if made or not self.in_its_thread():
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         attempts = (True, False) if self.proxy_buffer_attributes else (False,)

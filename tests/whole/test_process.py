@@ -116,7 +116,6 @@ def test_twenty_threads_optimize_and_run() -> None:
     assert state() == before
 
 
-@pytest.mark.xfail(reason="what is fresh in another thread is recorded while one traces: to be mended", strict=False)
 def test_a_model_that_is_traced_may_be_read_in_other_threads() -> None:
     class Waits(nn.Module):
         def __init__(self) -> None:

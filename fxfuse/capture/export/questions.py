@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -154,7 +155,7 @@ class Questions(TorchFunctionMode):
             for module in list(sys.modules.values()):
                 for name, value in list(getattr(module, "__dict__", {}).items()):
                     if id(value) in answers and module.__name__ != __name__:
-                        stack.enter_context(patch.dict(vars(module), {name: answers[id(value)][1]}))
+                        stack.enter_context(patch.object(module, name, answers[id(value)][1]))
             for function, code in _COMPILING.items():  # whoever holds them, by whatever name
                 stack.callback(setattr, function, "__code__", function.__code__)
                 function.__code__ = code
@@ -162,9 +163,11 @@ class Questions(TorchFunctionMode):
             yield
 
     def _mode(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        exporting = threading.get_ident()  # other threads get their own answers
+
         def asked(*args: Any, **kwargs: Any) -> Any:
             frame = sys._getframe(1)
-            if not of_user(frame):
+            if not of_user(frame) or threading.get_ident() != exporting:
                 return function(*args, **kwargs)
             answer = function(*args, **kwargs) if _MODES[name] is None else _MODES[name]
             self.modes.setdefault(f"torch.{name}({', '.join(map(repr, args))}) == {answer!r}", place(frame))
