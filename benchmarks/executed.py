@@ -99,3 +99,13 @@ class Executed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _address(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor's elements lie: the same for every view of all of it."""
     return tensor.data_ptr(), tensor.numel()
+
+
+def called(model: nn.Module, args: Any, mode: Executed | None = None) -> Any:
+    """What a model gives, without gradients and with the same random numbers every time; `mode` watches."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        if mode is None:
+            return model(*args)
+        with mode:
+            return model(*args)

@@ -34,7 +34,7 @@ import fxfuse
 from fxfuse.capture.parts import survey
 
 from . import zoo_models
-from .executed import Executed
+from .executed import Executed, called
 
 MAX_ERROR, MAX_ERROR_64 = 1e-5, 1e-8
 Record = dict[str, Any]
@@ -81,7 +81,7 @@ def _run_eager(name: str, model: nn.Module) -> tuple[list[Any], list[Any], Execu
     calls = [accepted(model, tries) for tries in zoo_models.inputs(name, model)]
     zoo_models.calibrate(model, calls[0])
     mode = Executed(model)
-    wants = [_call(model, calls[0], mode), _call(model, calls[1])]
+    wants = [called(model, calls[0], mode), called(model, calls[1])]
     return calls, wants, mode
 
 
@@ -89,21 +89,12 @@ def accepted(model: nn.Module, tries: list[Any]) -> Any:
     """The first inputs that the model runs on; the error of the last where there are none."""
     for args in tries[:-1]:
         try:
-            _call(model, args)
+            called(model, args)
         except Exception:  # it does not take this size; models raise anything
             continue
         return args
-    _call(model, tries[-1])
+    called(model, tries[-1])
     return tries[-1]
-
-
-def _call(model: nn.Module, args: Any, mode: Executed | None = None) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        if mode is None:
-            return model(*args)
-        with mode:
-            return model(*args)
 
 
 def _compare(model: nn.Module, calls: list[Any], wants: list[Any], options: dict[str, Any]) -> Record:
@@ -121,8 +112,8 @@ def _compare(model: nn.Module, calls: list[Any], wants: list[Any], options: dict
         return record | {"status": "wrong", "message": _line(error)}
     del state
     mode = Executed(fused)
-    error = _error(_call(fused, calls[0], mode), wants[0])
-    error = max(error, _error(_call(fused, calls[1]), wants[1]))
+    error = _error(called(fused, calls[0], mode), wants[0])
+    error = max(error, _error(called(fused, calls[1]), wants[1]))
     record |= {"error": error, "after": mode.sizes() | {"params": sum(p.numel() for p in fused.parameters())}}
     record |= _norms_left(fused, mode)
     error_64 = None
@@ -145,7 +136,7 @@ def _error_in_double(model: nn.Module, calls: list[Any], optimize: Callable[...,
     model.double()
     calls = tree_map_only(torch.Tensor, torch.Tensor.double, calls)
     fused = optimize(model, calls[0] if known else None)
-    return max(_error(_call(fused, args), _call(model, args)) for args in calls)
+    return max(_error(called(fused, args), called(model, args)) for args in calls)
 
 
 def _norms_left(fused: nn.Module, mode: Executed) -> Record:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 import fxfuse
 from benchmarks import zoo_models
+from benchmarks.executed import called
 
 from .entry import Entry
 from .left import Watched, standing, why, without_folders
@@ -69,15 +70,6 @@ class Subject:
     def call(self, number: int) -> Any:
         """The arguments of a call, made anew: a model may write into them."""
         return self._cast(self.entry.inputs(number % 2))
-
-
-def called(model: nn.Module, args: Any, mode: Watched | None = None) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        if mode is None:
-            return model(*args)
-        with mode:
-            return model(*args)
 
 
 def looked_at(entry: Entry) -> tuple[Subject | None, Record]:

@@ -49,12 +49,16 @@ def _with_own_cells(function: FunctionType, memo: dict[int, Any]) -> Iterator[tu
     cells = [(CellType(), cell.cell_contents) for cell in function.__closure__ or () if filled(cell)]
     if len(cells) != len(function.__closure__ or ()):
         return
-    closure = tuple(cell for cell, _ in cells)
+    memo[id(function)] = with_cells(function, tuple(cell for cell, _ in cells))
+    yield from cells
+
+
+def with_cells(function: FunctionType, closure: tuple[CellType, ...]) -> FunctionType:
+    """The same function over other variables of its surroundings."""
     new = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
     new.__kwdefaults__ = function.__kwdefaults__
     vars(new).update(vars(function))
-    memo[id(function)] = new
-    yield from cells
+    return new
 
 
 def filled(cell: CellType) -> bool:

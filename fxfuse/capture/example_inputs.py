@@ -118,10 +118,23 @@ def _parts(name: str, value: Any) -> Iterator[Part]:
         yield from _parts(f"{name}{key}", entry)
 
 
+def own_tensors(values: Any, made: dict[int, Any] | None = None) -> Any:
+    """The same containers anew around copies of the tensors, one for each; `made` takes them by the id of the tensor.
+
+    Tensors are cloned, for deepcopy refuses some: computed ones, and those of a class of their own.
+    """
+    made = {} if made is None else made
+
+    def own(tensor: Tensor) -> Any:
+        return made.setdefault(id(tensor), tensor.detach().clone().requires_grad_(tensor.requires_grad))
+
+    return pytree.tree_map_only(Tensor, own, values)
+
+
 def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies, of tensors too that deepcopy refuses: computed ones, and those of a class of their own."""
-    tensors = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
-    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors}
+    """Copies of all that is in the inputs."""
+    memo: dict[int, Any] = {}
+    own_tensors(inputs, memo)
     return copy.deepcopy(inputs, memo)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fxfuse.capture.held import give_back
 from fxfuse.ops.memory import INPLACE, storage
 from fxfuse.ops.modules import has_hooks
 from fxfuse.refusal import CaptureError
@@ -39,7 +40,7 @@ def nothing_set(model: nn.Module) -> Iterator[None]:
     Raises:
         CaptureError: the forward set an attribute or drew random numbers.
     """
-    with random_kept() as drawn, _attributes(model, False):
+    with random_kept() as drawn, _attributes(model):
         yield
     if drawn:
         raise CaptureError("the forward changes the state of a random number generator, which a graph does not repeat")
@@ -63,14 +64,12 @@ def restored(model: nn.Module) -> Iterator[list[str]]:
     """Put attributes, lists, dicts and random states back; yields names of what had to be put back."""
     modules = [(p, m) for p, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     saved = [(p, m, dict(m.__dict__), contents(m)) for p, m in modules]
-    states = _random_states()
     changed: list[str] = []
     try:
-        yield changed
+        with random_kept() as drawn:
+            yield changed
     finally:
-        if _random_states() != states:
-            changed.append("the state of a random number generator")
-            _set_random_states(states)
+        changed += drawn
         for path, module, attributes, containers in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
@@ -97,23 +96,20 @@ def _put_back(value: Any, copy: Any) -> bool:
     else:
         same = len(value) == len(copy) and all(map(operator.is_, value, copy))
     if isinstance(value, dict) or not same:
-        value.clear()
-        (value.extend if isinstance(value, (list, deque)) else value.update)(copy)
+        give_back(value, copy)
     return not same
 
 
 @contextmanager
-def _attributes(model: nn.Module, buffers: bool) -> Iterator[None]:
-    """Stop `self.name = value` on the modules of `model`, unless it changes nothing or, if asked for, sets a buffer."""
+def _attributes(model: nn.Module) -> Iterator[None]:
+    """Stop `self.name = value` on the modules of `model`, unless it changes nothing."""
     known = {id(m): f"{path}.".lstrip(".") for path, m in model.named_modules()}
     original, thread = nn.Module.__setattr__, threading.get_ident()
 
     def guarded_set(module: nn.Module, name: str, value: Any) -> None:
         others = id(module) not in known or threading.get_ident() != thread
         others = others or name.startswith(("_tensor_constant", "_torchbind_obj"))
-        # an RNN keeps lists of its weights, which torch.export exchanges for fake ones
-        listed = isinstance(module, nn.RNNBase) and name.startswith("_flat_weight")
-        if others or (buffers and (listed or (isinstance(value, Tensor) and name in module._buffers))):
+        if others:
             original(module, name, value)
         elif not (_is_itself(value, known[id(module)] + name) or _same(vars(module).get(name, _same), value)):
             raise CaptureError(f"the forward sets self.{name}, which a graph does not repeat")
@@ -159,13 +155,8 @@ class RealTensors(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Effect("the forward draws random numbers, which a graph would hold as constants")
-        if func._schema.is_mutable:
-            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            for argument in func._schema.arguments:
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                for tensor in _tensors(named.get(argument.name)) if written else ():
-                    if storage(tensor) not in self.own:
-                        raise Effect("the forward writes to a tensor of the model, which a graph does not repeat")
+        if any(storage(tensor) not in self.own for tensor in _written(func, args, kwargs)):
+            raise Effect("the forward writes to a tensor of the model, which a graph does not repeat")
         result = func(*args, **kwargs)
         inputs = {storage(t) for a in (*args, *kwargs.values()) for t in _tensors(a)}
         if not inputs.isdisjoint(self.computed):
@@ -189,13 +180,18 @@ class ParametersStay(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            for argument in func._schema.arguments:
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and any(storage(t) in self.held for t in _tensors(named.get(argument.name))):
-                    raise WritesAParameter("the forward writes to a parameter")
+        if any(storage(tensor) in self.held for tensor in _written(func, args, kwargs)):
+            raise WritesAParameter("the forward writes to a parameter")
         return func(*args, **kwargs)
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operator of ATen writes in place."""
+    if func._schema.is_mutable:
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from _tensors(named.get(argument.name))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ weights can compare.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class KnownValues:
         if _writes(node) and node.args and isinstance(node.args[0], Node) and self._known.get(node.args[0]):
             self._written, self._lost = True, self._lost or not self._known[node]
             self._values.clear()
-            written = {str(n.target) for n in self._needed_all(node.args[0]) if n.op == "get_attr"}
+            written = {str(n.target) for n in self._needed(node.args[0], {}) if n.op == "get_attr"}
             if written.intersection(a.path for const in self.decided for a in leaves(const)):
                 raise CaptureError("the forward writes a tensor that it has decided by")
 
@@ -59,12 +59,18 @@ class KnownValues:
             return self._values[node]
         with torch._C.DisableTorchFunction(), torch.no_grad():
             env: dict[Node, Any] = {}
-            for each in self._needed(node):
+            for each in self._needed(node, self._values):
                 env[each] = self._run(each, env)
         value = env[node]
         if not isinstance(value, Tensor) or value.numel() <= _SMALL:
             self._values[node] = value
         return value
+
+    def ask(self, node: Node, question: Callable[[Any], Any]) -> Any:
+        """What a known value answers; of its data, only for `decide`."""
+        value = self.value(node)
+        with torch._C.DisableTorchFunction():
+            return question(value)
 
     def decide(self, node: Node) -> Any:
         """What a known tensor holds, as Python numbers, noted for the graph to depend on."""
@@ -73,9 +79,7 @@ class KnownValues:
             if value.is_meta:
                 raise CaptureError("the forward reads data of a weight that is on the meta device")
             expression = self._expression(node, {})
-            with torch._C.DisableTorchFunction():
-                entries = value.flatten().tolist()
-            self.decided[expression] = tuple(entries)
+            self.decided[expression] = tuple(self.ask(node, lambda tensor: tensor.flatten().tolist()))
         return value
 
     def _depends_on_state(self, node: Node) -> bool:
@@ -86,13 +90,14 @@ class KnownValues:
         name = str(getattr(node.target, "__name__", node.target))
         return not any(r in name for r in _RANDOM) and all(self._known.get(n, False) for n in node.all_input_nodes)
 
-    def _needed(self, node: Node) -> list[Node]:
+    def _needed(self, node: Node, there: Mapping[Node, Any]) -> list[Node]:
+        """What has to be worked out for a node, in that order, where `there` is what need not be."""
         if self._written:  # in the order of the trace, writes included
             return [n for n in node.graph.nodes if self._known.get(n)]
         order: dict[Node, None] = {}
         todo = [node]
         while todo:
-            if missing := [n for n in todo[-1].all_input_nodes if n not in order and n not in self._values]:
+            if missing := [n for n in todo[-1].all_input_nodes if n not in order and n not in there]:
                 todo += missing
             else:
                 order[todo.pop()] = None
@@ -115,7 +120,7 @@ class KnownValues:
     def _expression(self, node: Node, made: dict[Node, Any]) -> Any:
         if self._written:
             raise CaptureError("the forward decides by a tensor that it has written itself")
-        for each in self._needed_all(node):
+        for each in self._needed(node, {}):
             value = self.value(each)
             if each.op == "get_attr":
                 made[each] = Attr(str(each.target), tuple(value.shape), value.dtype)
@@ -126,13 +131,6 @@ class KnownValues:
             named = tuple((k, freeze(v)) for k, v in kwargs.items())
             made[each] = Apply(target, freeze(args).items, named, shape, dtype)
         return made[node]
-
-    def _needed_all(self, node: Node) -> list[Node]:
-        kept, self._values = self._values, {}
-        try:
-            return self._needed(node)
-        finally:
-            self._values = kept
 
 
 def _writes(node: Node) -> bool:

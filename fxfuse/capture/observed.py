@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.capture.copying import copied
-from fxfuse.capture.example_inputs import arguments
+from fxfuse.capture.example_inputs import arguments, own_tensors
 from fxfuse.capture.failures import said
 from fxfuse.capture.guards import ParametersStay, WritesAParameter, random_kept
 from fxfuse.capture.shadow import Shadow
 
 logger = logging.getLogger("fxfuse")
-Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Calls = dict[str, list[Call]]
 
 _KINDS = 3  # calls of one module that are kept: of other kinds, not of other data
 _BUDGET = 2**30  # bytes of inputs that are kept
@@ -45,7 +46,7 @@ def _calls_of(model: nn.Module, inputs: tuple[Any, ...], ours: bool = False) -> 
         if kind in known or len(known) >= _KINDS or held > _BUDGET:
             return
         known.add(kind)
-        own = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+        own = own_tensors((args, kwargs))
         held += sum(t.nbytes for t in pytree.tree_leaves(own) if isinstance(t, Tensor))
         found.setdefault(path, []).append(own)
 
@@ -54,7 +55,7 @@ def _calls_of(model: nn.Module, inputs: tuple[Any, ...], ours: bool = False) -> 
             module.register_forward_pre_hook(lambda _, args, kwargs, p=path: note(p, args, kwargs), with_kwargs=True)
     try:
         with torch.no_grad(), random_kept(), nullcontext() if ours else ParametersStay(shadow.root):
-            args, kwargs = arguments(model, pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs))
+            args, kwargs = arguments(model, own_tensors(inputs))
             shadow.root(*args, **kwargs)
     except WritesAParameter:
         raise

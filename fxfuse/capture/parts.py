@@ -21,7 +21,7 @@ from torch import nn
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.example_inputs import arguments, bound
 from fxfuse.capture.export.program import export
-from fxfuse.capture.observed import Calls, calls_of, made_up
+from fxfuse.capture.observed import Call, Calls, calls_of, made_up
 from fxfuse.capture.python_use import outside, reach
 from fxfuse.capture.second_opinion import agrees
 from fxfuse.capture.shadow import Shadow
@@ -83,17 +83,14 @@ def survey(model: nn.Module, inputs: tuple[Any, ...] | None, how: str | None, ch
         bound(model, inputs)
     if how == "export" and inputs is not None:
         return Part("", model, _exported(model, inputs))
-    ran = inputs if inputs is not None or not checked else made_up(model)
-    survey = _Survey(model, ran if checked else None)
+    ran = None if not checked else made_up(model) if inputs is None else inputs
+    survey = _Survey(model, ran)
     if how == "hierarchical":
         return survey.python("", model, "asked for by capture=")
     try:
         captured = capture(model, inputs, nested=how is None)  # which holds however the model is called
-        if ran is not None and checked:
-            if inputs is not None:
-                agrees(captured, *arguments(model, ran))
-            else:
-                _agrees_where_it_runs(captured, *arguments(model, ran))
+        if ran is not None:
+            (_agrees_where_it_runs if inputs is None else agrees)(captured, *arguments(model, ran))
     except CaptureError as error:
         if how == "symbolic":
             raise
@@ -113,6 +110,20 @@ def _agrees_where_it_runs(captured: Captured, args: tuple[Any, ...], kwargs: dic
         agrees(captured, args, kwargs)
     except ValueError as error:
         logger.info("no second opinion: %s", error)
+
+
+def _confirmed(captured: Captured, calls: list[Call]) -> Captured:
+    """The same, if it agrees on those of the calls that it is for. Raises as `agrees`."""
+    for call in calls:
+        if form(captured).fits(*call):
+            _agrees_where_it_runs(captured, *call)
+    return captured
+
+
+def _required(module: nn.Module) -> int:
+    """How many parameters of a forward have no default."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def _exported(model: nn.Module, inputs: tuple[Any, ...]) -> Captured:
@@ -165,8 +176,8 @@ class _Survey:
             return refused
         try:
             captured = capture(module, given=given, nested=True)
-            for args, kwargs in self.calls.get(path, ()):
-                _agrees_where_it_runs(captured, args, kwargs)
+            for call in self.calls.get(path, ()):
+                _agrees_where_it_runs(captured, *call)
         except CaptureError as error:
             part = self.by_form(path, module, error)
             return [self.python(path, module, error.place) if part is None else part]
@@ -181,20 +192,11 @@ class _Survey:
         captured: list[Captured] = []
         for given, none in kinds:
             with suppress(CaptureError):
-                one = capture(module, given=given, none=none)
-                for args, kwargs in calls:
-                    if form(one).fits(args, kwargs):
-                        _agrees_where_it_runs(one, args, kwargs)
-                captured.append(one)
+                captured.append(_confirmed(capture(module, given=given, none=none), calls))
         if not any(form(one).fits(*call) for one in captured for call in calls):
             return None
         part = self.graph(path, module, captured[0], descend=False)
         return replace(part, kept=why.place, others=tuple(captured[1:]))
-
-    def _required(self, module: nn.Module) -> int:
-        """How many parameters of a forward have no default."""
-        parameters = inspect.signature(module.forward).parameters.values()
-        return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
     def _outside(self, path: str, module: nn.Module) -> list[Part]:
         if holder := outside(module):
@@ -214,10 +216,7 @@ class _Survey:
         if refused := self._outside(path, module):
             return refused
         try:
-            captured = capture(module, given=self._required(module))
-            for args, kwargs in self.calls.get(path, ()):
-                if form(captured).fits(args, kwargs):
-                    _agrees_where_it_runs(captured, args, kwargs)
+            captured = _confirmed(capture(module, given=_required(module)), self.calls.get(path, []))
         except CaptureError as error:
             part = self.by_form(path, module, error)
             return [self.python(path, module, error.place) if part is None else part]

@@ -33,8 +33,8 @@ _FACTORIES = [
 _QUESTIONS = "is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled get_default_dtype"
 
 
-class Recorded(TorchFunctionMode):
-    """Makes nodes of calls on nothing but real tensors and numbers that give a tensor."""
+class Unseen(TorchFunctionMode):
+    """Sees the calls of a trace that no traced value takes part in: `unseen` says what becomes of them."""
 
     def __init__(self, tracer: Any) -> None:
         super().__init__()
@@ -42,10 +42,21 @@ class Recorded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch._C._set_grad_enabled:
-            raise CaptureError("the forward switches gradients off or on, which a graph cannot hold")
         if any(issubclass(type(v), Proxy) for v in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)  # which the proxy records
+        return self.unseen(func, args, kwargs)
+
+    def unseen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of a call on real tensors and numbers alone."""
+        raise NotImplementedError
+
+
+class Recorded(Unseen):
+    """Makes nodes of calls on nothing but real tensors and numbers that give a tensor."""
+
+    def unseen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is torch._C._set_grad_enabled:
+            raise CaptureError("the forward switches gradients off or on, which a graph cannot hold")
         try:
             result = func(*args, **kwargs)
             if not any(isinstance(v, Tensor) for v in tree_leaves(result)):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import GetSetDescriptorType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
@@ -50,9 +49,7 @@ class FuseProxy(Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if name in _FIXED and self.tracer.known.knows(self.node):
-            value = self.tracer.known.value(self.node)
-            with torch._C.DisableTorchFunction():
-                return getattr(value, name)
+            return self.tracer.known.ask(self.node, operator.attrgetter(name))
         frame = None if self.tracer.reading else user_frame()
         if frame is not None:
             self._asked(name, frame)
@@ -83,9 +80,7 @@ class FuseProxy(Proxy):
 
     def __len__(self) -> int:
         if self.tracer.known.knows(self.node):
-            value = self.tracer.known.value(self.node)
-            with torch._C.DisableTorchFunction():
-                return len(value)
+            return int(self.tracer.known.ask(self.node, len))
         return super().__len__()
 
     def __iter__(self) -> Any:

@@ -21,7 +21,19 @@ _MESSAGES = {"_assert", "warn", "warning", "info", "debug", "error", "exception"
 def user_frame(depth: int = 2) -> FrameType | None:
     """The frame that asks, `depth` above here; None where it is one of torch or of this library."""
     frame = sys._getframe(depth)
-    return None if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _LIBRARIES else frame
+    return None if _of_library(frame) else frame
+
+
+def nearest_line(depth: int = 2) -> tuple[str, int] | None:
+    """File and line of the innermost frame of the user's, from `depth` above here on."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and _of_library(frame):
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def _of_library(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _LIBRARIES
 
 
 def unpacked(frame: FrameType) -> int | None:

@@ -8,7 +8,6 @@ state: that shows in a second run. What the example inputs do not reach (other k
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -22,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.capture.captured import Captured
 from fxfuse.capture.copying import copied
+from fxfuse.capture.example_inputs import own_tensors
 from fxfuse.capture.guards import ParametersStay, WritesAParameter, random_kept
+from fxfuse.capture.questions import nearest_line
 from fxfuse.capture.shadow import Shadow
 from fxfuse.refusal import CaptureError
 
@@ -94,7 +95,7 @@ class _Subject:
         self.names |= {id(t): ("state", n) for n, t in reversed(state)}
 
     def log(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        own_args, own_kwargs = pytree.tree_map(_fresh(), (args, kwargs))
+        own_args, own_kwargs = own_tensors((args, kwargs))
         with (
             random_kept(),
             torch.no_grad(),
@@ -106,18 +107,6 @@ class _Subject:
             result = forward(*own_args, **own_kwargs)
         calls: list[Any] = seen.calls
         return [*calls, ("return", seen.of(result), None)]
-
-
-def _fresh() -> Any:
-    """Copies of tensors, one for each."""
-    made: dict[int, Tensor] = {}
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return made.setdefault(id(value), value.detach().clone().requires_grad_(value.requires_grad))
-        return value
-
-    return copy
 
 
 class _Value:
@@ -177,7 +166,7 @@ class _Log(TorchFunctionMode):
         if _constant(name, told) and isinstance(result, Tensor):
             return result  # its origin is its value, whether computed anew or kept from before
         if any(isinstance(v, Tensor) for v in pytree.tree_leaves(result)) or name in ("__setitem__", "copy_"):
-            self.calls.append((*told, _line()))
+            self.calls.append((*told, nearest_line()))
             self._name(result, ("call", len(self.calls)))
         return result
 
@@ -204,16 +193,6 @@ def _tuples(value: Any) -> Iterator[tuple[Any, ...]]:
 
 def _kind(value: Any) -> str:
     return type(value).__name__.removeprefix("immutable_")
-
-
-def _line() -> tuple[str, int] | None:
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.partition(".")[0] not in ("torch", "fxfuse"):
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-    return None
 
 
 def _compare(own: list[Any], graph: list[Any]) -> None:

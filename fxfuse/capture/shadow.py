@@ -10,86 +10,24 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import sys
 import types
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
-from torch.utils._pytree import tree_leaves
 
-from fxfuse.capture.copying import filled
+from fxfuse.capture.copying import filled, with_cells
+from fxfuse.capture.held import CONTAINERS, PLAIN, Held, Slot, namespaces, of_libraries
 from fxfuse.refusal import CaptureError
 
-_DICTS = (dict, OrderedDict, defaultdict)
-_LISTS = (list, deque)
-CONTAINERS = (*_DICTS, *_LISTS, set)
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range, slice)
-_AS_THEY_ARE = (*_PLAIN, type, types.ModuleType, types.BuiltinFunctionType, Tensor, torch.Generator, Ellipsis.__class__)
+_AS_THEY_ARE = (*PLAIN, type, types.ModuleType, types.BuiltinFunctionType, Tensor, torch.Generator, Ellipsis.__class__)
 _ITERABLE: tuple[Any, ...] = ([], (), {}, set(), range(0), {}.values(), {}.items(), "")
 _ITERATORS = tuple({type(iter(v)) for v in _ITERABLE})
 _TABLES = ("_parameters", "_buffers", "_modules")
 # What torch keeps in every module beside its own attributes: never handed to a forward
 _HOOKS = vars(nn.Module()).keys() - set(_TABLES) - {"training"}
-
-
-_MISSING = object()
-
-
-def _depends_on_inputs(value: Any) -> bool:
-    """Whether what a trace put into a dict is another for other inputs."""
-    proxies = (v for v in tree_leaves(value) if issubclass(type(v), Proxy))
-    return any(not p.tracer.known.knows(p.node) for p in proxies)
-
-
-class _Spent:
-    """In the place of a generator, which could not be wound back."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise CaptureError("the forward takes from a generator, which a graph does not repeat")
-
-    def __iter__(self) -> Any:
-        return self.__getattr__("__iter__")
-
-    def __next__(self) -> Any:
-        return self.__getattr__("__next__")
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """Something a forward could change, and what it held before; in `attributes` a new key is a change too."""
-
-    name: str
-    value: Any
-    before: Any
-    attributes: bool = False
-
-    def changed(self) -> list[str]:
-        """Names of what is not as it was, which it is again afterwards."""
-        now = _content(self.value)
-        if _equal(now, self.before):
-            return []
-        named = [self.name]
-        if self.attributes:
-            keys = [
-                k
-                for k in (now.keys() | self.before.keys())
-                if not _same(now.get(k, _MISSING), self.before.get(k, _MISSING))
-            ]
-            named = [f"{self.name}.{k}" for k in sorted(keys)]
-        memo = (
-            not self.attributes
-            and isinstance(now, dict)
-            and all(_same(now.get(k, _MISSING), v) for k, v in self.before.items())
-        )
-        memo = memo and not any(_depends_on_inputs(v) for k, v in now.items() if k not in self.before)
-        _put_back(self.value, self.before)
-        return [] if memo else named
 
 
 class Shadow:
@@ -102,9 +40,9 @@ class Shadow:
         self._tensors = tensors
         self._memo: dict[int, Any] = {}
         self._kept: list[Any] = []  # so that no id is given twice meanwhile
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self._iterators: list[tuple[str, Any, str]] = []
-        self._outside = list(_namespaces(model))
+        self._outside = list(namespaces(model))
         self.root: nn.Module = self.of(model, "self")
 
     def changed(self) -> list[str]:
@@ -184,8 +122,8 @@ class Shadow:
                 own[key] = self.of(value, prefix + key)
                 continue
             if key in _TABLES and own[key]:
-                self._held.append(_Held(name, own[key], own[key].copy(), attributes=True))
-        self._held.append(_Held(name, own, dict(own), attributes=True))
+                self._held.append(Held(name, own[key], own[key].copy(), attributes=True))
+        self._held.append(Held(name, own, dict(own), attributes=True))
         return new
 
     def _container(self, value: Any, name: str) -> Any:
@@ -201,7 +139,7 @@ class Shadow:
             new.update(self.of(v, name) for v in value)
         else:
             new.extend(self.of(v, f"{name}[{i}]") for i, v in enumerate(value))
-        self._held.append(_Held(name, new, new.copy()))
+        self._held.append(Held(name, new, new.copy()))
         return new
 
     def _partial(self, value: Any, name: str) -> Any:
@@ -216,19 +154,15 @@ class Shadow:
         if all(a is b for a, b in zip(held, new, strict=True)):
             return function
         closure = tuple(types.CellType(v) if filled(c) else c for c, v in zip(cells, new, strict=True))
-        made = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-        )
-        made.__kwdefaults__ = function.__kwdefaults__
-        vars(made).update(vars(function))
+        made = with_cells(function, closure)
         for cell, (content, own) in zip(function.__code__.co_freevars, zip(new, closure, strict=True), strict=True):
             if filled(own):
-                self._held.append(_Held(f"{name} ({cell})", own, content))
+                self._held.append(Held(f"{name} ({cell})", own, content))
         return made
 
     def _object(self, value: Any, name: str) -> Any:
         """An object of a class of the user's own, by its attributes; one of any other kind is shared."""
-        if _of_libraries(value):
+        if of_libraries(value):
             return value
         try:
             made = copy.copy(value)
@@ -238,140 +172,34 @@ class Shadow:
             return value
         self._memo[id(value)] = made
         if isinstance(made, (dict, list, set)):  # a container of the user's own class
-            self._held.append(_Held(name, made, copy.copy(made)))
+            self._held.append(Held(name, made, copy.copy(made)))
         attributes = getattr(made, "__dict__", None)
         if isinstance(attributes, dict):
             for key, inner in list(attributes.items()):
                 attributes[key] = self.of(inner, f"{name}.{key}")
-            self._held.append(_Held(name, attributes, dict(attributes), attributes=True))
+            self._held.append(Held(name, attributes, dict(attributes), attributes=True))
         for key in _slots(type(value)):
             if hasattr(value, key):
                 inner = self.of(getattr(value, key), f"{name}.{key}")
                 object.__setattr__(made, key, inner)
-                self._held.append(_Held(f"{name}.{key}", _Slot(made, key), inner))
+                self._held.append(Held(f"{name}.{key}", Slot(made, key), inner))
         return made
 
 
-def _of_libraries(value: Any) -> bool:
-    """Whether an object is torch's, or one by which threads wait for each other, which no copy could stand for."""
-    return type(value).__module__.partition(".")[0] in ("torch", "threading", "_thread", "logging", "re")
+class _Spent:
+    """In the place of a generator, which could not be wound back."""
 
+    def __getattr__(self, name: str) -> Any:
+        raise CaptureError("the forward takes from a generator, which a graph does not repeat")
 
-class _Slot:
-    """An attribute that lies in no dict."""
+    def __iter__(self) -> Any:
+        return self.__getattr__("__iter__")
 
-    def __init__(self, owner: Any, name: str) -> None:
-        self.owner, self.name = owner, name
-
-    def get(self) -> Any:
-        return getattr(self.owner, self.name, self)
-
-    def put(self, value: Any) -> None:
-        object.__setattr__(self.owner, self.name, value)
+    def __next__(self) -> Any:
+        return self.__getattr__("__next__")
 
 
 def _slots(kind: type) -> Iterator[str]:
     for cls in kind.__mro__:
         names = vars(cls).get("__slots__", ())
         yield from (n for n in ((names,) if isinstance(names, str) else names) if n not in ("__dict__", "__weakref__"))
-
-
-def _namespaces(model: nn.Module) -> Iterable[_Held]:
-    """What the model's classes share with others: their attributes, their modules' globals, defaults of methods."""
-    seen = set[int]()
-    for cls in dict.fromkeys(c for m in model.modules() for c in type(m).__mro__):
-        if cls.__module__.partition(".")[0] in ("torch", "builtins") or id(cls) in seen:
-            continue
-        seen.add(id(cls))
-        namespaces = [
-            (cls.__name__, vars(cls)),
-            (cls.__module__, getattr(sys.modules.get(cls.__module__), "__dict__", {})),
-        ]
-        for name, namespace in namespaces:
-            if id(namespace) in seen:
-                continue
-            seen.add(id(namespace))
-            held = {k: v for k, v in namespace.items() if not k.startswith("__")}
-            yield _Held(name, _Namespace(cls if name == cls.__name__ else namespace), held, attributes=True)
-            for key, value in held.items():
-                yield from _shared(f"{name}.{key}", value)
-
-
-def _shared(name: str, value: Any, depth: int = 0) -> Iterator[_Held]:
-    """The containers in a namespace, and plain objects of the user's, a few levels down; defaults of functions."""
-    function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
-    if isinstance(function, types.FunctionType):
-        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            yield from _shared(name, default, 3)
-        for cell in function.__closure__ or ():
-            if filled(cell):
-                yield _Held(name, cell, cell.cell_contents)
-                yield from _shared(name, cell.cell_contents, 3)
-    elif type(value) in CONTAINERS:
-        yield _Held(name, value, value.copy())
-        if depth < 3 and len(value) < 100:
-            for inner in list(value.values() if isinstance(value, dict) else value):
-                yield from _shared(name, inner, depth + 1)
-    elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (type, types.ModuleType)):
-        if _of_libraries(value) or callable(value) or depth > 3:
-            return
-        yield _Held(name, vars(value), dict(vars(value)), attributes=True)
-        for inner in list(vars(value).values()):
-            yield from _shared(name, inner, depth + 2)
-
-
-class _Namespace:
-    """The attributes of a class, or the globals of a module."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def content(self) -> dict[str, Any]:
-        namespace = self.owner if isinstance(self.owner, dict) else vars(self.owner)
-        return {k: v for k, v in namespace.items() if not k.startswith("__")}
-
-    def put(self, before: dict[str, Any]) -> None:
-        for name, value in self.content().items():
-            if name not in before:
-                self.owner.pop(name) if isinstance(self.owner, dict) else delattr(self.owner, name)
-            elif before[name] is not value:
-                self._set(name, before[name])
-        for name in before.keys() - self.content().keys():
-            self._set(name, before[name])
-
-    def _set(self, name: str, value: Any) -> None:
-        if isinstance(self.owner, dict):
-            self.owner[name] = value
-        else:
-            setattr(self.owner, name, value)
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, types.CellType):
-        return value.cell_contents if filled(value) else value
-    if isinstance(value, _Slot):
-        return value.get()
-    return value.content() if isinstance(value, _Namespace) else value
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
-
-
-def _equal(now: Any, before: Any) -> bool:
-    """Whether nothing was changed: the same objects in the same places, or equal plain ones."""
-    if isinstance(before, dict):
-        return len(now) == len(before) and all(_same(now.get(k, _MISSING), v) for k, v in before.items())
-    if isinstance(before, (list, deque)):
-        return len(now) == len(before) and all(map(_same, now, before))
-    return bool(now == before) if isinstance(before, set) else _same(now, before)
-
-
-def _put_back(value: Any, before: Any) -> None:
-    if isinstance(value, types.CellType):
-        value.cell_contents = before
-    elif isinstance(value, (_Slot, _Namespace)):
-        value.put(before)
-    else:
-        value.clear()
-        (value.extend if isinstance(value, (list, deque)) else value.update)(before)

@@ -41,14 +41,12 @@ def capture(
     """
     _refuse_more_than_forward(model)
     known = not nested or given is not None
-    open_ones = given
-    if given is None:  # those after the last tensor left out
+    if given is None and none is None:  # those after the last tensor left out
         given = max((i for i, v in enumerate(inputs or (), 1) if isinstance(v, Tensor)), default=0)
-    first = given if none is None or open_ones is not None else None
     error: Exception | None = None
     for proxy_buffers in (True, False):
         try:
-            traced = _trace(model, FuseTracer(proxy_buffers, first, none or frozenset()))
+            traced = _trace(model, FuseTracer(proxy_buffers, given, none or frozenset()))
         except Exception as e:  # what a forward raises on proxies can be anything
             error = error or e
             continue
@@ -76,7 +74,7 @@ def form(captured: Captured) -> Form:
     return Form(tuple(str(n.target) for n in nodes), fixed, captured.free)
 
 
-def _asked_for_none(model: nn.Module, traced: Captured, proxy_buffers: bool, given: int) -> str:
+def _asked_for_none(model: nn.Module, traced: Captured, proxy_buffers: bool, given: int | None) -> str:
     """The first parameter that the forward treats as another when it is None: a trace cannot see `is`."""
     open_ones = [str(n.target) for n in traced.graph.find_nodes(op="placeholder") if CHECKED not in n.meta]
     fixed = {str(n.target) for n in traced.graph.find_nodes(op="placeholder") if CHECKED in n.meta}

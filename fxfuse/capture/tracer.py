@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from fxfuse.algebra.constants import Attr
 from fxfuse.capture import questions
 from fxfuse.capture.example_inputs import refuse_required
 from fxfuse.capture.failures import located
+from fxfuse.capture.held import give_back
 from fxfuse.capture.known_values import KnownValues
-from fxfuse.capture.patches import Recorded, patched
+from fxfuse.capture.patches import Recorded, Unseen, patched
 from fxfuse.capture.proxies import FuseProxy
 from fxfuse.ops.modules import has_hooks, layer_type
 from fxfuse.ops.value_kinds import extremes_recorded
@@ -203,7 +202,7 @@ class FuseTracer(Tracer):
                 return super().call_module(m, forward, args, kwargs)
             except Exception as error:  # it stays one call, which shows the same error when it runs
                 for value, before in lists:
-                    _give_back(value, before)
+                    give_back(value, before)
                 self._undo(last, stack)
                 if proxied is attempts[-1]:
                     self.whole[path] = located(error)  # the error itself would keep values of the trace alive
@@ -242,15 +241,10 @@ class Reader(FuseTracer):
             return super().trace(root, concrete_args)
 
 
-class _Recording(TorchFunctionMode):
-    def __init__(self, tracer: Reader) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.device or any(isinstance(v, Proxy) for v in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)  # which the proxy records
+class _Recording(Unseen):
+    def unseen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is torch.device:
+            return func(*args, **kwargs)
         return self.tracer.create_proxy("call_function", func, args, kwargs)
 
 
@@ -278,11 +272,6 @@ def _lists(value: Any) -> list[tuple[Any, Any]]:
         inner = value.values() if isinstance(value, dict) else value
         return [(value, value.copy())] + [pair for v in inner for pair in _lists(v)]
     return []
-
-
-def _give_back(value: Any, before: Any) -> None:
-    value.clear()
-    (value.extend if isinstance(value, list) else value.update)(before)
 
 
 def _modes() -> tuple[Any, ...]:
