@@ -85,10 +85,14 @@ class Questions(TorchFunctionMode):
         return result
 
     def kept(self) -> list[str]:
-        """Where those tensors were made that are alive although the forward is over and nobody can reach it: state."""
+        """Where those tensors were made that Python still holds although the forward is over: state.
+
+        What only autograd holds, for a gradient of the outputs, is none.
+        """
         if any(made() is not None for made, _ in self.computed.values()):
             gc.collect()
-        return [where for made, where in self.computed.values() if made() is not None]
+        alive = [(tensor, where) for made, where in self.computed.values() if (tensor := made()) is not None]
+        return [pair[1] for pair in alive if any(holder is not pair for holder in gc.get_referrers(pair[0]))]
 
     def _ask(self, name: str, tensor: Tensor, given: Any, answer: Any, where: str) -> None:
         part = next((p for p in self.inputs if p.value is tensor), None)
