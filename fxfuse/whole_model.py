@@ -47,23 +47,26 @@ class FusedParts:
     memo: dict[int, Any] = field(default_factory=dict)
     guarded: dict[int, list[tuple[Form, GraphModule]]] = field(default_factory=dict)
 
-    def fuse(self, part: Part, captured: Captured, patterns: Selection, price: CostFunction) -> None:
-        """Fuse one graph; a part in which nothing fuses keeps its module, which is as good, and its class."""
+    def fuse(
+        self, part: Part, captured: Captured, patterns: Selection, price: CostFunction, other: bool = False
+    ) -> None:
+        """Fuse one graph; a part in which nothing fuses keeps its module, which is as good, and its class.
+
+        An `other` graph of a part is for other calls: of it, only its new parameters are counted.
+        """
         done = fuse(captured, patterns, price, weights=not self.dry_run)
         self.fired += [replace(f, path=below(part.path, unspelled(part.module, f.path))) for f in done.fired]
         self.refused += [replace(r, where=below(part.path, r.where)) for r in done.refused]
-        first = captured.graph is part.captured.graph if part.captured is not None else True
         after = done.after
         if part.kept and done.fired:  # what it had is still there, beside what is new
-            new = {
-                t for v in done.rewritten.layers.values() for t in (v.parameters() if isinstance(v, nn.Module) else [v])
-            }
-            after = replace(after, params=done.before.params * first + sum(t.numel() for t in new))
-        if first:
+            layers = done.rewritten.layers.values()
+            new = {t for v in layers for t in (v.parameters() if isinstance(v, nn.Module) else [v])}
+            after = replace(after, params=(0 if other else done.before.params) + sum(t.numel() for t in new))
+        if other:
+            self.after = replace(self.after, params=self.after.params + after.params)
+        else:
             self.before += done.before
             self.after += after
-        else:
-            self.after = replace(self.after, params=self.after.params + after.params)
         if not done.fired and (part.path or part.kept):
             return
         graphs = self.guarded.setdefault(id(part.module), []) if part.kept else []
@@ -137,6 +140,7 @@ def fuse_parts(
             parts.stay(part)
         else:
             shapes = propagate(part.captured, known.get(part.path) if part.path else inputs)
-            for captured in (replace(part.captured, shapes=shapes), *part.others):
-                parts.fuse(part, captured, patterns, price)
+            parts.fuse(part, replace(part.captured, shapes=shapes), patterns, price)
+            for captured in part.others:
+                parts.fuse(part, captured, patterns, price, other=True)
     return parts

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
-from fxfuse.capture.questions import asks_attribute, by_identity, for_a_message, unpacked, user_frame
+from fxfuse.capture.questions import asks_attribute, by_identity, calls_isinstance, for_a_message, unpacked, user_frame
 from fxfuse.ops.memory import INPLACE
 from fxfuse.ops.value_kinds import is_number, is_tensor, number_type
 from fxfuse.refusal import CaptureError
@@ -133,7 +133,8 @@ class FuseProxy(Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """Read by `isinstance`, and by C code too: who asks tells the two apart."""
-        return FuseProxy if user_frame() is None or self.tracer.reading else self.asked_type()
+        frame = None if self.tracer.reading else user_frame()
+        return self.asked_type() if frame is not None and calls_isinstance(frame) else FuseProxy
 
     def asked_type(self) -> type:
         """The type of the value, where every run has the same."""

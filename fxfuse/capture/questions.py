@@ -10,6 +10,8 @@ import ast
 import dis
 import functools
 import inspect
+import itertools
+import linecache
 import sys
 import textwrap
 from types import CodeType, FrameType
@@ -40,6 +42,21 @@ def unpacked(frame: FrameType) -> int | None:
     """How many values the line takes: `b, c, h, w = x.shape`; None where it iterates in another way."""
     here = next((i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti), None)
     return int(here.argval) if here is not None and here.opname == "UNPACK_SEQUENCE" else None
+
+
+def calls_isinstance(frame: FrameType) -> bool:
+    """Whether what the frame calls just now is `isinstance`, and not a function in C that reads the class of a value.
+
+    The two must not get the same answer: C code takes what says that it is a tensor for one, down to its memory.
+    """
+    code, line, column = frame.f_code, frame.f_lineno, 0
+    if sys.version_info >= (3, 11):
+        position = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None), (None,) * 4)
+        line, column = position[0] or line, position[2] or 0
+    text = linecache.getline(code.co_filename, line)
+    if sys.version_info >= (3, 11):
+        text = text.encode()[column:].decode(errors="replace").partition("(")[0] + "("
+    return "isinstance(" in text
 
 
 def for_a_message(frame: FrameType) -> bool:

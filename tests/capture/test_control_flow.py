@@ -302,3 +302,27 @@ def test_the_result_of_such_a_model_is_a_module_like_any_other() -> None:
         same(again(x), model(x))
     fused.train()
     assert all(m.training for m in fused.modules())
+
+
+def scalar_branch(self: Any, x: Tensor) -> Tensor:
+    return torch.where(self.one(x) > 0, self.one(x), 0.0)
+
+
+def asked_on_the_same_line(self: Any, x: Tensor) -> Tensor:
+    y = self.one(x)
+    return torch.where(y > 0, y, 0.0) if isinstance(y, Tensor) else torch.where(y > 0, 1.0, y)
+
+
+def asked_over_lines(self: Any, x: Tensor) -> Tensor:
+    y = self.one(x)
+    return torch.where(y > 0, 0.5, y) + (
+        1 if isinstance(
+            y, Tensor
+        ) else torch.where(y > 0, y, 2.0)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", [scalar_branch, asked_on_the_same_line, asked_over_lines])
+def test_code_in_c_is_not_told_that_a_traced_value_is_a_tensor(forward: Forward) -> None:
+    """It would read the memory of a tensor where there is none."""
+    same_calls(model_of(forward), called(lambda x: ((x,), {})), fires=True)
