@@ -128,8 +128,10 @@ class Report:
             taken = [(path or self.model, how, why) for path, how, why in self.parts]
             blocks.append(_table(taken[:sites], ("module", "captured", ""), style) + _more(len(taken) - sites, mark))
         if self.kept:
-            text = f"{self.kept:,} parameters are kept beside the graphs of parts that are used in other ways than by"
-            lines = [f"{text} such calls (fxfuse.strip drops them), for", *(f"  {said(w)}" for w in self.kept_for[:4])]
+            text = (
+                f"{self.kept:,} original parameters are kept, for code that does more with a part than the calls seen"
+            )
+            lines = [f"{text} (fxfuse.strip drops them):", *(f"  {said(w)}" for w in self.kept_for[:4])]
             blocks.append("\n".join(lines) + _more(len(self.kept_for) - 4, mark))
         blocks += map(said, self.notes)
         if self.fired:
